@@ -38,6 +38,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.client
 import importlib.util
@@ -459,9 +460,13 @@ def download(url, target, sha256=None, check=lambda path: None):
     socket.setdefaulttimeout(TIMEOUT)
     try:
         torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
-        with open(part, "rb") as file:
-            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError("wrong checksum: its sha256 is not the published one")
+        if sha256:
+            with (
+                open(part, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise ValueError("wrong checksum: its sha256 is not the published one")
         check(part)
         os.replace(part, target)
     except (OSError, ValueError, http.client.HTTPException, Fault) as error:
@@ -590,7 +595,8 @@ IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".txt": "txt"}
 PARTS = {"train": ["train"], "validation": ["validation", "val", "valid"], "test": ["test"]}
 MAX_UNPACKED = 1 << 30  # bytes that are read out of an archive
-BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, RuntimeError)
+BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+BAD_ARCHIVE += (KeyError, RuntimeError)  # no such member; it is encrypted
 
 
 def kind_of(path):
@@ -723,7 +729,7 @@ def read_imdb(path):
     wanted = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
     rows, size, progress = [], 0, Progress("reading reviews", 50_000)
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 match = wanted.fullmatch(member.name) if member.isreg() else None
                 size += member.size if match else 0
@@ -733,6 +739,8 @@ def read_imdb(path):
                     text = archive.extractfile(member).read().decode(errors="replace")
                     rows.append((member.name, text, match[2], match[1]))
                     progress.add(1)
+            while stream.read(1 << 20):  # to the end, where the checksum stands
+                pass
     except BAD_ARCHIVE as error:
         raise Fault(f"{path} is no sound archive of the IMDb reviews: {error}") from None
     frame = as_frame([row[1:] for row in sorted(rows)], path, ("text", "label", "part"))
@@ -1496,7 +1504,8 @@ def fit(model, optimizer, examples, journal, args):
     """The epochs of one seed, with a line and an entry in the journal after each."""
     generator, n = torch.Generator().manual_seed(journal.seed), len(examples["train"])
     orders = [torch.randperm(n, generator=generator) for _ in range(args.num_epochs)]
-    done = journal.restore(model, optimizer)
+    if done := journal.restore(model, optimizer):
+        say("resumed", f"after epoch {done} of seed {journal.seed}")
     for epoch, order in enumerate(orders[done:], done + 1):
         start, name = time.perf_counter(), f"epoch {epoch}/{args.num_epochs}"
         progress = Progress(name, n)
