@@ -685,6 +685,8 @@ def as_frame(rows, name, columns=("text", "label")):
     """A DataFrame of (text, label) or (text, label, part) rows. Raises Fault."""
     import pandas as pd
 
+    if not rows:
+        raise Fault(f"{name} has no rows")
     frame = pd.DataFrame(rows, columns=columns, dtype=object)
     types = {type(label).__name__ for label in frame["label"]} - {"NoneType"}
     if len(types) > 1 or types & {"dict", "list", "float"}:
@@ -1513,7 +1515,6 @@ def fit(model, optimizer, examples, journal, args):
         validation = measure(model, examples["validation"], args)
         seconds = time.perf_counter() - start
         shown = f"train {accuracy:6.1%}   validation {validation.accuracy:6.1%}"
-        say(name, f"loss {loss:.3f}   {shown}   {seconds:.1f} s")
         entry = {"seed": journal.seed, "epoch": epoch, "examples_seen": epoch * n}
         entry |= {"train_loss": loss, "validation_loss": validation.loss}
         entry |= {"train_accuracy": accuracy, "validation_accuracy": validation.accuracy}
@@ -1521,6 +1522,7 @@ def fit(model, optimizer, examples, journal, args):
         journal.save(model, optimizer)
         if args.log and process()[0] == 0:
             write_csv(args.log, journal.history)
+        say(name, f"loss {loss:.3f}   {shown}   {seconds:.1f} s")  # now it is kept
 
 
 def write_csv(path, rows):

@@ -1503,7 +1503,7 @@ FAULTS = {
     "a tensor of another shape": ("--generate x --weights odd", {}, "ln_f.bias has the shape (3,)"),
     "no data": (T + "nowhere.csv", {}, "nowhere.csv: No such file"),
     "an empty file": (T + "t.csv", {"t.csv": b""}, "t.csv is empty"),
-    "no rows": (T + "t.csv", {"t.csv": b"text,label\n"}, "two labels at least"),
+    "no rows": (T + "t.csv", {"t.csv": b"text,label\n"}, "t.csv has no rows"),
     "not UTF-8": (T + "t.csv", {"t.csv": ROWS + b"\xe9,a\n"}, "line 42: not UTF-8"),
     "UTF-16": (T + "t.csv", {"t.csv": "text,label".encode("utf-16")}, "UTF-16: save it as UTF-8"),
     "NUL bytes": (T + "t.csv", {"t.csv": ROWS + b"x\0,a\n"}, "line 42: there is a NUL byte"),
@@ -1516,7 +1516,7 @@ FAULTS = {
     "a ragged csv, long": (T + "t.csv", {"t.csv": ROWS + b"x,a,b\n"}, "line 42: 3 cells"),
     "a ragged csv, short": (T + "t.csv", {"t.csv": ROWS + b"x\n"}, "line 42: 1 cells"),
     "an open quote": (T + "t.csv", {"t.csv": ROWS + b'"x,a\n'}, "line 42: unexpected end of data"),
-    "no JSON": (T + "t.jsonl", {"t.jsonl": b'{"text": "x"}\n[3]\n'}, "line 2: not a JSON object"),
+    "no JSON": (T + "t.jsonl", {"t.jsonl": b'{"text": "x", "label": "a"}\n[3]\n'}, "line 2: not a JSON object"),
     "mixed labels": (
         T + "t.jsonl",
         {"t.jsonl": b'{"text": "x", "label": 1}\n{"text": "y", "label": "a"}\n'},
@@ -1533,7 +1533,7 @@ FAULTS = {
     "a split without rows": (
         T + ".",
         {"train.csv": ROWS, "val.csv": ROWS, "test.csv": b"text,label\n"},
-        "none is left for test",
+        "test.csv has no rows",
     ),
     "a test label that training lacks": (
         T + ".",
