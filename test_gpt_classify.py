@@ -67,7 +67,10 @@ def arrays(config=TINY, seed=0):
             ("mlp.c_proj", 4 * C, C),
         ):
             shapes |= {f"h.{i}.{name}.weight": (n_in, n_out), f"h.{i}.{name}.bias": (n_out,)}
-    return {name: torch.randn(shape) * 0.08 for name, shape in shapes.items()}
+    norms = (".ln_1.weight", ".ln_2.weight", "ln_f.weight")  # around 1, so that GELU is bent
+    return {
+        name: torch.randn(shape) * 0.08 + name.endswith(norms) for name, shape in shapes.items()
+    }
 
 
 def write_checkpoint(path, tensors):
