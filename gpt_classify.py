@@ -1803,30 +1803,25 @@ def make_parser():
     group = parser.add_argument_group("what to do (one of these)")
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--train", action="store_true", help="finetune, report, save")
-    flag(
-        "--predict",
-        nargs="*",
-        metavar="TEXT",
-        help="label and probability of each TEXT; -: of each line of standard input, as it comes; "
-        "no TEXT: of what is typed",
+    texts = (
+        "label and probability of each TEXT; -: of each line of standard input, as it comes; no "
     )
-    flag(
-        "--predict_file",
-        metavar="FILE",
-        help="the rows of FILE (csv, tsv, jsonl; txt: a text a line; -: csv from standard input) "
-        "with the columns label and probability added, as CSV",
+    flag("--predict", nargs="*", metavar="TEXT", help=texts + "TEXT: of what is typed")
+    rows = (
+        "the rows of FILE (csv, tsv, jsonl; txt: a text a line; -: csv from standard input) with "
     )
+    rows += "the columns label and probability added, as CSV"
+    flag("--predict_file", metavar="FILE", help=rows)
     flag("--trace", metavar="TEXT", help="what the model believes after each token")
     flag("--evaluate", action="store_true", help="metrics of a classifier on --data")
     flag("--generate", metavar="TEXT", help="continue TEXT with the language model, greedily")
 
     flag = parser.add_argument_group("data").add_argument
-    flag(
-        "--data",
-        default="sms",
-        help="sms, imdb, stdlib, or a path: csv, tsv, jsonl; a folder with train, validation and "
-        "test files of those kinds; the UCI file SMSSpamCollection or its zip",
+    data = (
+        "sms, imdb, stdlib, or a path: csv, tsv, jsonl; a folder with train, validation and test "
     )
+    data += "files of those kinds; the UCI file SMSSpamCollection or its zip"
+    flag("--data", default="sms", help=data)
     column = "name in any case; or position, from 0, in files with no header"
     flag("--text_column", default="text", help=column)
     flag("--label_column", default="label", help=column)
@@ -1845,12 +1840,8 @@ def make_parser():
     flag("--weights", default="pretrained", help=weights)
     flag("--tokenizer", choices=TOKENIZERS, default="gpt2", help="bytes needs no download")
     flag("--disable_causal_mask", action="store_true", help="every token sees every other")
-    flag(
-        "--trainable_token_pos",
-        choices=POSITIONS,
-        default="last",
-        help="the token that the head reads; flexible: the last that is no filler",
-    )
+    place = "the token that the head reads; flexible: the last that is no filler"
+    flag("--trainable_token_pos", choices=POSITIONS, default="last", help=place)
     flag("--average_embeddings", action="store_true", help="read the mean over all tokens")
 
     flag = parser.add_argument_group("training").add_argument

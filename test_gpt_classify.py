@@ -606,7 +606,9 @@ def test_the_baselines_are_the_commonest_label_and_a_bag_of_words():
 
 def data_flags(data, **changes):
     defaults = {"data": str(data), "cache_dir": "", "text_column": "text", "label_column": "label"}
-    return argparse.Namespace(**(defaults | {"balance": g.is_sms(str(data)), "dedupe": False} | changes))
+    return argparse.Namespace(
+        **(defaults | {"balance": g.is_sms(str(data)), "dedupe": False} | changes)
+    )
 
 
 @needs_sms
