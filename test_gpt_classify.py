@@ -138,6 +138,14 @@ class Silent:
         pass
 
 
+def learnt(name, t):
+    """A parameter without the biases of the keys. These change no attention, since softmax does
+    not care what is added to all scores; their gradient is zero but for rounding, of which AdamW,
+    that divides a gradient by its size, makes steps as large as any."""
+    C = t.shape[0] // 3
+    return torch.cat([t[:C], t[2 * C :]]) if name.endswith("c_attn.bias") else t
+
+
 def random_texts(n=20, seed=1, longest=30):
     """n examples of random length, read at the last token, with labels 0 and 1 in turn."""
     draw = random.Random(seed)
@@ -491,7 +499,7 @@ def test_frozen_blocks_once_or_in_every_epoch_give_the_same_losses_and_weights(
         losses = [
             g.train_epoch(model, optimizer, texts, order, settings(), Silent())[0] for _ in range(3)
         ]
-        outcomes.append((losses, [p.detach() for p in model.parameters()]))
+        outcomes.append((losses, [learnt(n, p.detach()) for n, p in model.named_parameters()]))
     (losses, weights), (plain_losses, plain_weights) = outcomes
     assert losses == pytest.approx(plain_losses, abs=1e-4)
     for a, b in zip(weights, plain_weights):
@@ -1750,4 +1758,5 @@ def test_two_processes_learn_what_one_does(here, kit, flags):
     )
     ours, theirs = (g.read_safetensors(name)[0] for name in ("one", "two"))
     for name, t in ours.items():
-        torch.testing.assert_close(t, theirs[name], atol=2e-3, rtol=1e-2)
+        ours_t, theirs_t = learnt(name, t), learnt(name, theirs[name])
+        torch.testing.assert_close(ours_t, theirs_t, atol=2e-3, rtol=1e-2)
