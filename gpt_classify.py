@@ -70,6 +70,7 @@ import sys
 import sysconfig
 import tarfile
 import time
+import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -1331,7 +1332,9 @@ def predict_file(args):
         if output:
             text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
             out, shown = stack.enter_context(open(output, "w", **text)), str
-        writer, done = csv.writer(out, lineterminator="\n"), 0
+        # The writer quotes a carriage return in a cell only if it ends its lines with one, too.
+        lines = types.SimpleNamespace(write=lambda line: out.write(line[:-2] + "\n"))
+        writer, done = csv.writer(lines, lineterminator="\r\n"), 0
         taken = {column.lower() for column in columns}
         added = [f"predicted_{c}" if c in taken else c for c in ("label", "probability")]
         writer.writerow(map(shown, columns + added))

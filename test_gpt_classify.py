@@ -1032,7 +1032,8 @@ def test_lines_of_standard_input_are_predicted_as_they_come(trained, argv):
 
 def test_a_predicted_file_has_all_rows_and_columns_in_order(trained, run):
     rows = [
-        [f"{i}", f"thing {i} is {'good' if i % 3 else 'poor'}", 'x, "y"\nz'] for i in range(2500)
+        [f"{i}", f"thing {i} is {'good' if i % 3 else 'poor'}", 'x, "y"\nz' if i % 2 else "a\rb"]
+        for i in range(2500)
     ]
     rows[7][1] = ""
     with open("in.csv", "w", newline="") as file:
