@@ -41,6 +41,9 @@ One message on its way, with GPT-2 small:
                                         probabilities of them, cross-entropy of these the loss:
                                         ln 2 = 0.69 for who knows nothing, 0 for who knows it all
 
+Who is in a hurry reads sections 3, 6 and 7, which hold all of these ideas, and `train` in section 9,
+which puts them together; the rest is files, messages and flags.
+
 Shapes stand in comments: T tokens in a row, N texts in it, Q places that are read, C channels,
 K labels. `args` are the flags of section 10, by their names.
 """
@@ -69,8 +72,9 @@ import statistics
 import sys
 import sysconfig
 import tarfile
+import textwrap
 import time
-import types
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -160,8 +164,8 @@ SIZES = {
 #
 # Batches are commonly made by filling all texts up to the longest. The 1,494 text messages of the
 # article's data set have 31 tokens on average and up to 120: filled up to the longest, three
-# quarters of what the model reads would be fillers. So texts are laid end to end instead, and each token carries the number
-# of its text and its position there:
+# quarters of what the model reads would be fillers. So texts are laid end to end instead, and each
+# token carries the number of its text and its position there:
 #
 #     text   0 0 0 0 1 1 2 2 2
 #     pos    0 1 2 3 0 1 0 1 2
@@ -246,12 +250,6 @@ class Linear(nn.Linear):
         return [functools.partial(F.linear, weight=weight, bias=bias) for weight, bias in parts]
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        """Draws nothing: weights come from a file or from random_weights. (To draw a normal
-        distribution for a model without memory, torch 2.13 imports its compiler: 2 s.)"""
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -321,11 +319,13 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = Embedding(config.vocab_size, config.n_embd)  # what the token is
-        self.wpe = Embedding(config.block_size, config.n_embd)  # where it stands in its text
+        # Nothing is drawn here: weights come from a file or from random_weights (section 4).
+        V, T, C = config.vocab_size, config.block_size, config.n_embd
+        self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # what it is
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(T, C), freeze=False)  # where it stands
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.ln_f = nn.LayerNorm(C)
+        self.head = nn.Linear(C, V, bias=False)
         self.head.weight = self.wte.weight
         self.dtype = torch.float32  # of matrix products; bfloat16 is asked for by --dtype
 
@@ -389,15 +389,9 @@ def read_safetensors(path):
         if not ok:
             raise Fault(f"{path} is no sound safetensors file: {what}")
 
-    def unique(pairs):
-        check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
-        return dict(pairs)
-
     def sizes(numbers, most):  # a list of a few numbers, none larger than the file
-        return isinstance(numbers, list) and len(numbers) <= most and all(map(size, numbers))
-
-    def size(n):
-        return type(n) is int and 0 <= n <= len(data)
+        few = isinstance(numbers, list) and len(numbers) <= most
+        return few and all(type(n) is int and 0 <= n <= len(data) for n in numbers)
 
     check(os.path.getsize(path) >= 8, "it is shorter than 8 bytes")
     with open(path, "rb") as file:  # ACCESS_COPY: who writes to a tensor writes to memory only
@@ -405,7 +399,7 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(data[:8], "little")
     check(start <= min(len(data), 8 + MAX_HEADER), "its header is longer than can be")
     try:
-        header = json.loads(data[8:start].decode(), object_pairs_hook=unique)
+        header = json.loads(data[8:start].decode())
     except (ValueError, RecursionError):
         header = None
     check(isinstance(header, dict), "its header is not JSON")
@@ -599,133 +593,97 @@ def generate(model, ids, n):
 # and test. The article's data are the SMS Spam Collection, 5,574 messages, balanced to 747 of
 # each label, shuffled with seed 123, and split 70 / 10 / 20.
 #
-# Files are read line by line, with the strict rules of the csv module, so that a fault can name
-# its line, a file of any length can be predicted in constant memory, and no cell is taken for a
-# number, a date or "missing": a message that reads "NA" is a message.
+# pandas reads the tables, a thousand rows at a time, so that a file of any length can be predicted
+# in constant memory. It is told to leave the cells as they are: by default it would take the
+# message "NA" for a missing one, and "007" for a seven.
 
 SMS_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
 SMS_SHA256 = "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3"
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".txt": "txt"}
+KINDS = (".csv", ".tsv", ".jsonl", ".txt")
 PARTS = {"train": ["train"], "validation": ["validation", "val", "valid"], "test": ["test"]}
 MAX_UNPACKED = 1 << 30  # bytes that are read out of an archive
 BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 BAD_ARCHIVE += (KeyError, RuntimeError)  # no such member; it is encrypted
 
 
-def kind_of(path):
-    """csv, tsv, jsonl or txt, by a path's suffix. Raises Fault."""
-    if path.suffix.lower() not in KINDS:
-        raise Fault(f"{path}: its name ends in none of {', '.join(KINDS)}")
-    return KINDS[path.suffix.lower()]
-
-
-def read_lines(file, name):
-    """Yields the lines of a binary file as strings. Raises Fault for what is no UTF-8 text."""
-    for number, raw in enumerate(file, 1):
-        if number == 1:
-            if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise Fault(f"{name} is UTF-16: save it as UTF-8")
-            raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
-        if b"\0" in raw:
-            raise Fault(f"{name}, line {number}: there is a NUL byte; is this a text file?")
-        try:
-            yield raw.decode()
-        except UnicodeDecodeError as error:
-            raise Fault(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
+def read_lines(file, kind):
+    """Yields {column: cell} for each line of a binary file of JSON objects or, .txt, of texts."""
+    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", newline="\n"), 1):
+        if kind == ".txt":
+            yield {"text": line.rstrip("\r\n")}
+        elif line.strip():
+            try:
+                yield dict(json.loads(line).items())
+            except (AttributeError, RecursionError, ValueError):
+                raise Fault(f"line {number} is no JSON object") from None
 
 
 def read_table(file, name, kind, header=True):
-    """(columns, iterator of rows) of an open binary file; kind is csv, tsv, uci, jsonl or txt.
+    """Yields the rows of an open binary file as DataFrames of up to 1,000 rows and dtype object.
 
-    A row is a list with a cell for each column: strings, or what JSON makes of them. Without a
-    header, columns are named by their positions. Raises Fault, which names the line.
+    kind: .csv, .tsv, .jsonl, .txt, or "uci": .tsv where a quotation mark is just a character.
+    Columns without a header are named 0, 1, ... Raises Fault for what is no such table.
     """
-    lines, number = read_lines(file, name), 0
-    if kind == "txt":
-        return ["text"], ([line.rstrip("\r\n")] for line in lines)
+    import pandas as pd
 
-    def rows():
-        nonlocal number
-        csv.field_size_limit(2**31 - 1)
-        rules = {"quoting": csv.QUOTE_NONE} if kind == "uci" else {"strict": True}
-        reader = csv.reader(lines, delimiter="," if kind == "csv" else "\t", **rules)
-        try:
-            if kind == "jsonl":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield dict(json.loads(line).items())
-            for row in reader:
-                number = reader.line_num
-                if row:
-                    yield row
-        except (csv.Error, ValueError, AttributeError, RecursionError) as error:
-            what = "not a JSON object" if kind == "jsonl" else error
-            raise Fault(f"{name}, line {max(number, reader.line_num)}: {what}") from None
-
-    rows = rows()
-    if (first := next(rows, None)) is None:
-        raise Fault(f"{name} is empty")
-    header = header and kind != "jsonl"
-    columns = list(first) if kind == "jsonl" else list(map(str, range(len(first))))
-    columns = [cell.strip() for cell in first] if header else columns
-    for column in columns:
-        if columns.count(column) > 1:
-            raise Fault(f"{name} has two columns named {column!r}")
-
-    def cells():
-        for row in rows if header else itertools.chain([first], rows):
-            if kind == "jsonl":
-                row = list((dict.fromkeys(columns) | row).values())
-            if len(row) != len(columns):
-                sizes = f"{len(row)} cells where the first has {len(columns)}"
-                raise Fault(f"{name}, line {number}: {sizes}")
-            yield row
-
-    return columns, cells()
+    try:
+        if kind in (".jsonl", ".txt"):
+            rows = read_lines(file, kind)
+            while chunk := list(itertools.islice(rows, 1000)):
+                yield pd.DataFrame(chunk, dtype=object)
+        elif kind in (".csv", ".tsv", "uci"):
+            how = {"dtype": object, "keep_default_na": False, "encoding": "utf-8-sig"}
+            how |= {"header": 0 if header else None, "sep": "," if kind == ".csv" else "\t"}
+            how |= {"quoting": csv.QUOTE_NONE if kind == "uci" else csv.QUOTE_MINIMAL}
+            with warnings.catch_warnings():  # it only warns of rows with more cells than columns
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                yield from pd.read_csv(file, chunksize=1000, index_col=False, **how)
+        else:
+            raise Fault(f"its name ends in none of {', '.join(KINDS)}")
+    except UnicodeDecodeError:
+        raise Fault(f"{name} is not UTF-8: save it as UTF-8 text") from None
+    except (Fault, ValueError, pd.errors.ParserWarning) as error:
+        raise Fault(f"{name}: {error}") from None
 
 
-def find_column(columns, wanted, name):
-    """Index of the column `wanted`, in any case if only one is like it. Raises Fault."""
-    for same in (str, str.lower):
-        found = [i for i, column in enumerate(columns) if same(column) == same(wanted)]
+def find_column(frame, wanted, name):
+    """The name of a DataFrame's column, also in another case if one alone is like it."""
+    for same in (str, lambda column: str(column).lower()):
+        found = [column for column in frame.columns if same(column) == same(wanted)]
         if len(found) == 1:
             return found[0]
-    there = ", ".join(map(repr, columns))
+    there = ", ".join(map(repr, frame.columns))
     raise Fault(f"{name} has the columns {there}: which one is the {wanted}? (--text_column, ...)")
 
 
-def as_frame(rows, name, columns=("text", "label")):
-    """A DataFrame of (text, label) or (text, label, part) rows. Raises Fault."""
+def read_texts(path, args):
+    """A DataFrame of the texts and labels of a file: strings, empty where there is none."""
     import pandas as pd
 
-    if not rows:
-        raise Fault(f"{name} has no rows")
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)
-    types = {type(label).__name__ for label in frame["label"]} - {"NoneType"}
-    if len(types) > 1 or types & {"dict", "list", "float"}:
-        raise Fault(f"{name}: labels must be all strings or all integers, not {sorted(types)}")
-    frame["text"] = [text if isinstance(text, str) else "" for text in frame["text"]]
-    frame["label"] = ["" if label is None else str(label).strip() for label in frame["label"]]
-    return frame
-
-
-def read_texts(path, args):
-    """The texts and labels of a csv, tsv or jsonl file."""
+    # Columns given by position belong to a file with no header.
+    header = not (args.text_column.isdigit() and args.label_column.isdigit())
     with open(path, "rb") as file:
-        # Columns given by position belong to a file with no header.
-        header = not (args.text_column.isdigit() and args.label_column.isdigit())
-        columns, rows = read_table(file, path, kind_of(path), header)
-        text = find_column(columns, args.text_column, path)
-        label = find_column(columns, args.label_column, path)
-        return as_frame([(row[text], row[label]) for row in rows], path)
+        frame = pd.concat([pd.DataFrame(), *read_table(file, path, path.suffix.lower(), header)])
+    if frame.empty:
+        raise Fault(f"{path} has no rows")
+    text = frame[find_column(frame, args.text_column, path)]
+    label = frame[find_column(frame, args.label_column, path)]
+    types = {type(cell).__name__ for cell in label.dropna()}
+    if len(types) > 1 or types & {"dict", "list", "float"}:
+        raise Fault(f"{path}: labels must be all strings or all integers, not {sorted(types)}")
+    text = [cell if isinstance(cell, str) else "" for cell in text]
+    label = ["" if pd.isna(cell) else str(cell).strip() for cell in label]
+    return pd.DataFrame({"text": text, "label": label}, dtype=object)
 
 
 def read_sms(path):
     """The UCI file, or the zip it comes in, of which only the one member that is wanted is read,
     as a stream. The file has no header, and a quotation mark in it is just a character (by the
     rules of CSV, two of the 5,574 messages would be swallowed by others)."""
+    import pandas as pd
+
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb"))
@@ -736,15 +694,17 @@ def read_sms(path):
             raise Fault(f"{path} is no sound zip of the SMS Spam Collection: {error}") from None
     if len(data) > MAX_UNPACKED:
         raise Fault(f"{path}: what it unpacks to is too large")
-    columns, rows = read_table(io.BytesIO(data), path, "uci", header=False)
-    if len(columns) != 2:
+    frame = pd.concat(read_table(io.BytesIO(data), path, "uci", header=False))
+    if frame.shape[1] != 2:
         raise Fault(f"{path} is not the SMS Spam Collection: label, tab, message in each line")
-    return as_frame([(text, label) for label, text in rows], path)
+    return frame.set_axis(["label", "text"], axis=1)[["text", "label"]]
 
 
 def read_imdb(path):
     """The 50,000 labelled reviews of the tar file, read as a stream; nothing goes to the disk.
     Their own halves for training and test; a tenth of the first becomes validation."""
+    import pandas as pd
+
     wanted = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
     rows, size, progress = [], 0, Progress("reading reviews", 50_000)
     try:
@@ -762,8 +722,10 @@ def read_imdb(path):
                 pass
     except BAD_ARCHIVE as error:
         raise Fault(f"{path} is no sound archive of the IMDb reviews: {error}") from None
+    if not rows:
+        raise Fault(f"{path} has no reviews")
     rows.sort(reverse=True)  # "train" before "test"
-    frame = as_frame([row[1:] for row in rows], path, ("text", "label", "part"))
+    frame = pd.DataFrame([row[1:] for row in rows], columns=["text", "label", "part"])
     held_out = frame[frame["part"] == "train"].sample(frac=0.1, random_state=123).index
     frame.loc[held_out, "part"] = "validation"
     return frame
@@ -773,6 +735,8 @@ def read_stdlib(count=1200):
     """Real texts that lie on every machine with Python: lines of code, and the first paragraphs
     of docstrings, from the standard library's own modules. 15 to 200 characters, no repeats,
     `count` of each; ordered by their sha256, so that the file system has no say in it."""
+    import pandas as pd
+
     found = {"code": set(), "prose": set()}
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for path in Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"):
@@ -793,7 +757,7 @@ def read_stdlib(count=1200):
             raise Fault("the sources of Python's standard library are not on this machine")
         texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
         rows += [(text, label) for text in texts[:count]]
-    return as_frame(rows, "stdlib")
+    return pd.DataFrame(rows, columns=["text", "label"])
 
 
 def is_sms(name):
@@ -847,9 +811,7 @@ def split_data(everything, args):
     if frame["label"].nunique() < 2:
         raise Fault(f"{args.data} needs two labels at least, not {sorted(set(frame['label']))}")
     training = frame[frame["part"] == "train"] if "part" in frame else frame
-    if args.balance and len(
-        training
-    ):  # as many of each label as of the rarest, drawn as the article draws them
+    if args.balance and len(training):  # drawn as the article draws them
         fewest = training["label"].value_counts().min()
         training = pd.concat(
             group.sample(fewest, random_state=123) if len(group) > fewest else group
@@ -1314,35 +1276,41 @@ def predict(args):
 def predict_file(args):
     """--predict_file: the rows of a file, in order, with two columns added, as CSV. In constant
     memory, a thousand rows at a time, each of which is written as soon as it is known."""
+    import pandas as pd
+
     source, output = Path(args.predict_file), args.output
     standard = args.predict_file == "-"
     if output and source.exists() and Path(output).exists() and source.samefile(output):
         raise Fault("--output is the file that is being read")
-    kind = "csv" if standard else kind_of(source)
-    wanted = "text" if kind == "txt" else args.text_column
+    kind = ".csv" if standard else source.suffix.lower()
+    wanted = "text" if kind == ".txt" else args.text_column
+    shown = printable if sys.stdout.isatty() and not output else str
+
+    def cell(content):  # what JSON made of it as JSON again, what is missing as nothing
+        return shown(content if isinstance(content, str) else json.dumps(content))
+
     with contextlib.ExitStack() as stack:
         file = sys.stdin.buffer if standard else stack.enter_context(open(source, "rb"))
-        name = "standard input" if standard else source
-        columns, rows = read_table(file, name, kind, header=not wanted.isdigit())
-        index = find_column(columns, wanted, name)
-        classifier = load_classifier(args)
-        chunks = iter(lambda: list(itertools.islice(rows, 1000)), [])
-        first = next(chunks, [])  # before the output is opened, which empties it
-        out, shown = sys.stdout, printable if sys.stdout.isatty() else str
-        if output:
-            text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-            out, shown = stack.enter_context(open(output, "w", **text)), str
-        # The writer quotes a carriage return in a cell only if it ends its lines with one, too.
-        lines = types.SimpleNamespace(write=lambda line: out.write(line[:-2] + "\n"))
-        writer, done = csv.writer(lines, lineterminator="\r\n"), 0
-        taken = {column.lower() for column in columns}
+        name, done = "standard input" if standard else source, 0
+        chunks = read_table(file, name, kind, header=not wanted.isdigit())
+        stack.enter_context(contextlib.closing(chunks))
+        first = next(chunks, pd.DataFrame())
+        column = find_column(first, wanted, name)
+        taken = {str(column).lower() for column in first}
         added = [f"predicted_{c}" if c in taken else c for c in ("label", "probability")]
-        writer.writerow(map(shown, columns + added))
+        classifier, out = load_classifier(args), sys.stdout
+        if output:  # only now, since opening empties it
+            text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+            out = stack.enter_context(open(output, "w", **text))
         for chunk in itertools.chain([first], chunks):
-            answers = classifier.predict([r[index] if type(r[index]) is str else "" for r in chunk])
-            for row, answer in zip(chunk, answers):
-                row = (c if isinstance(c, str) else "" if c is None else json.dumps(c) for c in row)
-                writer.writerow(map(shown, (*row, *answer)))
+            if new := set(chunk) - set(first):
+                raise Fault(f"{name}: the column {min(new)!r} is missing in the first 1,000 rows")
+            answers = classifier.predict([t if isinstance(t, str) else "" for t in chunk[column]])
+            chunk = chunk.astype(object).where(chunk.notna(), "").map(cell)
+            table = chunk.reindex(columns=first.columns).rename(columns=shown)
+            table[added] = pd.DataFrame(answers, table.index, dtype=object)
+            # All quoted: the csv module of Python before 3.13 forgets to, at carriage returns.
+            table.to_csv(out, index=False, header=done == 0, quoting=csv.QUOTE_ALL)
             out.flush()
             done += len(chunk)
             if sys.stderr.isatty():
@@ -1536,15 +1504,10 @@ def make_encoder(config, args, texts):
     return dataclasses.replace(encoder, pad_to=pad_to, max_length=min(limit, pad_to or limit))
 
 
-def write_csv(path, rows):
-    import pandas as pd
-
-    with replacing(path) as file:
-        pd.DataFrame(rows).to_csv(file, index=False)
-
-
 def fit(model, optimizer, examples, journal, args):
     """The epochs of one seed, with a line and an entry in the journal after each."""
+    import pandas as pd
+
     generator, n = torch.Generator().manual_seed(journal.seed), len(examples["train"])
     orders = [torch.randperm(n, generator=generator) for _ in range(args.num_epochs)]
     if done := journal.restore(model, optimizer):
@@ -1562,7 +1525,8 @@ def fit(model, optimizer, examples, journal, args):
         journal.history.append(entry | {"seconds": round(seconds, 3)})
         journal.save(model, optimizer)
         if args.log and process()[0] == 0:
-            write_csv(args.log, journal.history)
+            with replacing(args.log) as file:
+                pd.DataFrame(journal.history).to_csv(file, index=False)
         # Said only now that the journal is on disk: an epoch that is printed is not lost.
         say(name, f"loss {loss:.3f}   {shown}   {seconds:.1f} s")
 
@@ -1597,13 +1561,6 @@ INERT |= {"train", "predict", "predict_file", "trace", "evaluate", "generate", "
 def train(args):
     """--train: read, encode, cache, finetune, report, save. Returns a row for a table."""
     began = time.perf_counter()
-    for name in filter(None, (args.classifier, args.log, args.plot)):
-        if not Path(name).absolute().parent.is_dir():
-            raise Fault(f"{name}: there is no such folder")
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf", ".jpg"):
-        raise Fault(f"--plot {args.plot}: the name must end in .png, .svg, .pdf or .jpg")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise Fault("--plot needs matplotlib: pip install matplotlib")
     first = process()[0] == 0  # of several processes, one talks and writes
 
     frame = read_data(args)
@@ -1665,11 +1622,10 @@ def train(args):
         journal.path.unlink()
         size = f"{os.path.getsize(args.classifier) / 1e6:,.1f} MB"
         say("saved", f"{args.classifier} ({size}), {seconds:.1f} s in all")
-        text = printable(parts["test"]["text"].iloc[0])
-        text = text if len(text) <= 50 else text[:50].rsplit(" ", 1)[0]
-        other = args.classifier != DEFAULT_CLASSIFIER
-        flags = f" --classifier {shlex.quote(args.classifier)}" if other else ""
-        say("try", f"python gpt_classify.py --predict {shlex.quote(text)}{flags}")
+        text = printable(textwrap.shorten(parts["test"]["text"].iloc[0], 50, placeholder=""))
+        flags = ["--predict", text or "some text", "--classifier", args.classifier]
+        flags = flags[: 2 if args.classifier == DEFAULT_CLASSIFIER else 4]
+        say("try", f"python gpt_classify.py {shlex.join(flags)}")
     row = {"trainable": learns, "here": mean, "sd": deviation, "se": metrics.standard_error}
     return row | {"bag_of_words": bag, "seeds": args.seeds, "seconds": round(seconds, 1)}
 
@@ -1763,12 +1719,6 @@ class Parser(argparse.ArgumentParser):
         raise Fault(f"{message} (--help explains the flags)")
 
 
-class Formatter(argparse.HelpFormatter):
-    def _get_help_string(self, action):
-        quiet = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if quiet else f"{action.help} (default: %(default)s)"
-
-
 def at_least(convert, low):
     """An argparse type: a finite number not below `low`."""
 
@@ -1781,110 +1731,88 @@ def at_least(convert, low):
     return number
 
 
-def fill_length(text):
-    """An argparse type: longest, model, or a number of tokens."""
-    if text not in ("longest", "model") and not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither longest, nor model, nor a length")
-    return text
-
-
-def size_name(text):
-    """An argparse type: a name in SIZES, also in the article's spelling, "gpt2-small (124M)"."""
-    name = text.split(" ")[0]
-    if name not in SIZES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SIZES)}")
-    return name
-
-
 def make_parser():
     parser = Parser(
         description="Turn GPT-2 into a text classifier, and use it.",
         epilog="This file is written to be read, from top to bottom.",
-        formatter_class=Formatter,
         allow_abbrev=False,
     )
+
+    def flag(name, text, **how):  # one that takes no value, if nothing else is said
+        text += "" if how.get("default") is None else " (default: %(default)s)"
+        group.add_argument(f"--{name}", help=text, **(how or {"action": "store_true"}))
+
     group = parser.add_argument_group("what to do (one of these)")
-    flag = group.add_mutually_exclusive_group(required=True).add_argument
-    flag("--train", action="store_true", help="finetune, report, save")
-    texts = (
-        "label and probability of each TEXT; -: of each line of standard input, as it comes; no "
-    )
-    flag("--predict", nargs="*", metavar="TEXT", help=texts + "TEXT: of what is typed")
-    rows = (
-        "the rows of FILE (csv, tsv, jsonl; txt: a text a line; -: csv from standard input) with "
-    )
-    rows += "the columns label and probability added, as CSV"
-    flag("--predict_file", metavar="FILE", help=rows)
-    flag("--trace", metavar="TEXT", help="what the model believes after each token")
-    flag("--evaluate", action="store_true", help="metrics of a classifier on --data")
-    flag("--generate", metavar="TEXT", help="continue TEXT with the language model, greedily")
+    group = group.add_mutually_exclusive_group(required=True)
+    flag("train", "finetune, report, save")
+    texts = "label and probability of each TEXT (-: of each line of standard input; none: typed)"
+    flag("predict", texts, nargs="*", metavar="TEXT")
+    rows = "the rows of a csv, tsv, jsonl or txt (a text a line) with label and probability added"
+    flag("predict_file", f"{rows}, as CSV (-: csv from standard input)", metavar="FILE")
+    flag("trace", "what the model believes after each token", metavar="TEXT")
+    flag("evaluate", "metrics of a classifier on --data")
+    flag("generate", "continue TEXT with the language model, greedily", metavar="TEXT")
 
-    flag = parser.add_argument_group("data").add_argument
-    data = (
-        "sms, imdb, stdlib, or a path: csv, tsv, jsonl; a folder with train, validation and test "
-    )
-    data += "files of those kinds; the UCI file SMSSpamCollection or its zip"
-    flag("--data", default="sms", help=data)
+    group = parser.add_argument_group("data")
+    data = "sms, imdb, stdlib, or a path: csv, tsv, jsonl; a folder with train, validation and test"
+    flag("data", f"{data} files; SMSSpamCollection or its zip", default="sms")
     column = "name in any case; or position, from 0, in files with no header"
-    flag("--text_column", default="text", help=column)
-    flag("--label_column", default="label", help=column)
+    flag("text_column", column, default="text")
+    flag("label_column", column, default="label")
     balance = "as many texts of each label as of the rarest (default: for sms only)"
-    flag("--balance", action=argparse.BooleanOptionalAction, help=balance)
-    flag("--dedupe", action="store_true", help="drop repeated texts before splitting")
+    flag("balance", balance, action=argparse.BooleanOptionalAction)
+    flag("dedupe", "drop repeated texts before splitting")
     length = "cut texts to this many tokens (default: what the model reads)"
-    flag("--max_length", type=at_least(int, 1), metavar="TOKENS", help=length)
+    flag("max_length", length, type=at_least(int, 1), metavar="TOKENS")
     filled = "fillers up to longest (training text), model (1,024), or a number (default: none)"
-    flag("--pad_to", type=fill_length, metavar="LENGTH", help=filled)
+    flag("pad_to", filled, metavar="LENGTH")
 
-    flag = parser.add_argument_group("model").add_argument
-    sizes = f'{", ".join(SIZES)}; the article\'s spelling "gpt2-small (124M)" is understood'
-    flag("--model_size", type=size_name, default="gpt2-small", help=sizes)
-    weights = "pretrained, random, or the path of a GPT-2 safetensors file"
-    flag("--weights", default="pretrained", help=weights)
-    flag("--tokenizer", choices=TOKENIZERS, default="gpt2", help="bytes needs no download")
-    flag("--disable_causal_mask", action="store_true", help="every token sees every other")
+    group = parser.add_argument_group("model")
+    size = {"type": lambda name: name.split(" ")[0], "choices": SIZES, "default": "gpt2-small"}
+    flag("model_size", 'the article\'s spelling "gpt2-small (124M)" is understood', **size)
+    flag("weights", "pretrained, random, or a GPT-2 safetensors file", default="pretrained")
+    flag("tokenizer", "bytes needs no download", choices=TOKENIZERS, default="gpt2")
+    flag("disable_causal_mask", "every token sees every other")
     place = "the token that the head reads; flexible: the last that is no filler"
-    flag("--trainable_token_pos", choices=POSITIONS, default="last", help=place)
-    flag("--average_embeddings", action="store_true", help="read the mean over all tokens")
+    flag("trainable_token_pos", place, choices=POSITIONS, default="last")
+    flag("average_embeddings", "read the mean over all tokens")
 
-    flag = parser.add_argument_group("training").add_argument
+    group = parser.add_argument_group("training")
     rows = "run these rows, 1 to 19, of the article's table; flags given beside it win"
-    flag("--experiment", nargs="+", type=int, metavar="N", help=rows)
-    offline = f"nothing is downloaded: unless given, {OFFLINE}"
-    flag("--offline", action="store_true", help=offline)
+    flag("experiment", rows, nargs="+", type=int, metavar="N")
+    flag("offline", f"nothing is downloaded: unless given, {OFFLINE}")
     learns = "what learns besides the new head"
-    flag("--trainable_layers", choices=TRAINED_BLOCKS, default="last_block", help=learns)
-    for name, type_, low, default, text in (
-        ("lora_rank", int, 1, 8, "the inner width of LoRA's B A"),
-        ("lora_alpha", float, 0, 8.0, "LoRA's update is alpha / rank times B A"),
-        ("num_epochs", int, 1, 5, "times that every training text is seen"),
-        ("batch_size", int, 1, 8, "texts"),
-        ("accumulation_steps", int, 1, 1, "batches per step"),
-        ("learning_rate", float, 0, 5e-5, "of AdamW"),
-        ("weight_decay", float, 0, 0.1, "of AdamW, on all that learns"),
-        ("ignore_index", int, -math.inf, -100, "number of a label that is not learnt from"),
-        ("seed", int, 0, 123, "of the head, of random weights and of the order of texts"),
-        ("seeds", int, 1, 1, "runs, from --seed on, for a mean and a standard deviation"),
-    ):
-        flag(f"--{name}", type=at_least(type_, low), default=default, help=text)
-    flag("--resume", action="store_true", help="go on after the last finished epoch")
-    flag("--log", metavar="CSV", help="write losses and accuracies of each epoch")
-    flag("--plot", metavar="PICTURE", help="draw them (needs matplotlib)")
+    flag("trainable_layers", learns, choices=TRAINED_BLOCKS, default="last_block")
+    flag("lora_rank", "the inner width of LoRA's B A", type=at_least(int, 1), default=8)
+    flag("lora_alpha", "LoRA adds alpha / rank times B A", type=at_least(float, 0), default=8.0)
+    flag("num_epochs", "times that each training text is seen", type=at_least(int, 1), default=5)
+    flag("batch_size", "texts", type=at_least(int, 1), default=8)
+    flag("accumulation_steps", "batches per step", type=at_least(int, 1), default=1)
+    flag("learning_rate", "of AdamW", type=at_least(float, 0), default=5e-5)
+    flag("weight_decay", "of AdamW, on all that learns", type=at_least(float, 0), default=0.1)
+    flag("ignore_index", "number of a label that is not learnt from", type=int, default=-100)
+    drawn = "of the head, of random weights and of the order of texts"
+    flag("seed", drawn, type=at_least(int, 0), default=123)
+    runs = "runs, from --seed on, for a mean and a standard deviation"
+    flag("seeds", runs, type=at_least(int, 1), default=1)
+    flag("resume", "go on after the last finished epoch")
+    flag("log", "write losses and accuracies of each epoch", metavar="CSV")
+    flag("plot", "draw them (needs matplotlib)", metavar="PICTURE")
 
-    flag = parser.add_argument_group("how it runs, and files").add_argument
-    row = "the budget of a row (default: 512 on a CPU, else 2048)"
-    flag("--tokens_per_row", type=at_least(int, 1), metavar="TOKENS", help=row)
-    flag("--no_feature_cache", action="store_true", help="run frozen blocks in every epoch")
-    flag("--device", choices=("cuda", "mps", "cpu"), help="(default: the best there is)")
+    group = parser.add_argument_group("how it runs, and files")
+    budget = "the budget of a row (default: 512 on a CPU, else 2048)"
+    flag("tokens_per_row", budget, type=at_least(int, 1), metavar="TOKENS")
+    flag("no_feature_cache", "run frozen blocks in every epoch")
+    flag("device", "(default: the best there is)", choices=("cuda", "mps", "cpu"))
     dtype = "of matrix products (default: bfloat16 on CUDA that has it, else float32)"
-    flag("--dtype", choices=("float32", "bfloat16"), help=dtype)
-    flag("--compile", action="store_true", help="compile the blocks with torch.compile")
-    flag("--max_new_tokens", type=at_least(int, 1), default=25, help="of --generate")
-    classifier = "what training writes and prediction reads"
-    flag("--classifier", default=DEFAULT_CLASSIFIER, metavar="FILE", help=classifier)
-    flag("--output", metavar="CSV", help="of --predict_file (default: standard output)")
+    flag("dtype", dtype, choices=("float32", "bfloat16"))
+    flag("compile", "compile the blocks with torch.compile")
+    flag("max_new_tokens", "of --generate", type=at_least(int, 1), default=25)
+    written = {"default": DEFAULT_CLASSIFIER, "metavar": "FILE"}
+    flag("classifier", "what training writes and prediction reads", **written)
+    flag("output", "of --predict_file (default: standard output)", metavar="CSV")
     cache = os.path.join(torch.hub.get_dir(), "gpt_classify")
-    flag("--cache_dir", default=cache, help="where downloads stay")
+    flag("cache_dir", "where downloads stay", default=cache)
     return parser
 
 
@@ -1901,11 +1829,20 @@ def parse(argv):
         raise Fault("--output goes with --predict_file")
     if args.average_embeddings and args.trainable_token_pos == "first":
         raise Fault("--average_embeddings reads all tokens, --trainable_token_pos first only one")
-    if args.experiment:
-        if unknown := sorted(set(args.experiment) - set(EXPERIMENTS)):
-            raise Fault(f"--experiment: the article's table has rows 1 to 19, not {unknown[0]}")
-        if args.resume or (len(args.experiment) > 1 and (args.log or args.plot)):
-            raise Fault("--resume, --log and --plot are for one run, not for a series of rows")
+    n = args.pad_to
+    if n not in (None, "longest", "model") and not (n.isdecimal() and int(n)):
+        raise Fault(f"--pad_to {n} is neither longest, nor model, nor a number of tokens")
+    if unknown := sorted(set(args.experiment or ()) - set(EXPERIMENTS)):
+        raise Fault(f"--experiment: the article's table has rows 1 to 19, not {unknown[0]}")
+    if len(args.experiment or ()) > 1 and (args.resume or args.log or args.plot):
+        raise Fault("--resume, --log and --plot are for one run, not for a series of rows")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf", ".jpg"):
+        raise Fault(f"--plot {args.plot}: the name must end in .png, .svg, .pdf or .jpg")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise Fault("--plot needs matplotlib: pip install matplotlib")
+    for name in (args.classifier, args.log, args.plot) if args.train else ():
+        if name and not Path(name).absolute().parent.is_dir():
+            raise Fault(f"{name}: there is no such folder")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     if not {"cuda": cuda, "mps": mps, "cpu": True}[device]:
@@ -1950,7 +1887,7 @@ def main(argv=None):
     except KeyboardInterrupt as stop:
         resumable = args and args.train and Path(f"{args.classifier}.resume").exists()
         again = "starts again; what is saved is whole"
-        if resumable and not args.experiment:
+        if resumable and len(args.experiment or []) < 2:
             again = "with --resume goes on after the last finished epoch"
         warn(f"\nstopped: the same command {again}")
         return 143 if isinstance(stop, Terminated) else 130
