@@ -634,9 +634,9 @@ def read_table(file, name, kind, header=True):
             while chunk := list(itertools.islice(rows, 1000)):
                 yield pd.DataFrame(chunk, dtype=object)
         elif kind in (".csv", ".tsv", "uci"):
-            how = {"dtype": object, "keep_default_na": False, "encoding": "utf-8-sig"}
-            how |= {"header": 0 if header else None, "sep": "," if kind == ".csv" else "\t"}
+            how = {"dtype": object, "keep_default_na": False, "header": 0 if header else None}
             how |= {"quoting": csv.QUOTE_NONE if kind == "uci" else csv.QUOTE_MINIMAL}
+            how |= {"sep": "," if kind == ".csv" else "\t"}
             with warnings.catch_warnings():  # it only warns of rows with more cells than columns
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 yield from pd.read_csv(file, chunksize=1000, index_col=False, **how)

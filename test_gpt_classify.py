@@ -1069,16 +1069,25 @@ def test_a_file_is_predicted_from_standard_input(trained):
     assert [row[0] for row in rows] == ["text", "a good thing", "bad"]
 
 
-def test_a_file_of_any_length_is_predicted_a_thousand_rows_at_a_time(trained, run, monkeypatch):
+@pytest.mark.parametrize(("name", "header"), [("in.txt", ""), ("in.csv", "text\n")])
+def test_a_file_of_any_length_is_predicted_a_thousand_rows_at_a_time(
+    trained, run, monkeypatch, name, header
+):
     sizes, predict = [], g.Classifier.predict
     monkeypatch.setattr(
         g.Classifier,
         "predict",
         lambda self, texts: sizes.append(len(texts)) or predict(self, texts),
     )
-    Path("in.txt").write_text("good\n" * 3456)
-    assert run("--predict_file", "in.txt")[0] == 0
+    Path(name).write_text(header + "good\n" * 3456)
+    assert run("--predict_file", name)[0] == 0
     assert sizes == [1000, 1000, 1000, 456]
+
+
+def test_a_column_that_comes_too_late_is_not_lost_in_silence(trained, run):
+    Path("in.jsonl").write_text('{"text": "a"}\n' * 1000 + '{"text": "a", "id": 3}\n')
+    status, _, err = run("--predict_file", "in.jsonl")
+    assert (status, "the column 'id' is missing in the first 1,000 rows" in err) == (2, True)
 
 
 def test_a_fault_half_way_keeps_the_rows_before_it(trained, run):
