@@ -480,7 +480,7 @@ def download(url, target, sha256=None, check=lambda path: None):
         os.replace(part, target)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException, Fault) as error:
         reason = str(error).replace(str(part), "what came") or type(error).__name__
-        mend = f"try again, or put the file at {target} by hand, or use --offline"
+        mend = f"try again, or put the file at {target} by hand (--train --offline needs none)"
         raise Fault(f"could not download {url}: {reason}; {mend}") from None
     finally:
         socket.setdefaulttimeout(before)
@@ -631,8 +631,11 @@ def read_table(file, name, kind, header=True):
     try:
         if kind in (".jsonl", ".txt"):
             rows = read_lines(file, kind)
-            while chunk := list(itertools.islice(rows, 1000)):
+            if (chunk := list(itertools.islice(rows, 1000))) == []:
+                raise pd.errors.EmptyDataError
+            while chunk:
                 yield pd.DataFrame(chunk, dtype=object)
+                chunk = list(itertools.islice(rows, 1000))
         elif kind in (".csv", ".tsv", "uci"):
             how = {"dtype": object, "keep_default_na": False, "header": 0 if header else None}
             how |= {"quoting": csv.QUOTE_NONE if kind == "uci" else csv.QUOTE_MINIMAL}
@@ -641,21 +644,32 @@ def read_table(file, name, kind, header=True):
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 yield from pd.read_csv(file, chunksize=1000, index_col=False, **how)
         else:
-            raise Fault(f"its name ends in none of {', '.join(KINDS)}")
+            raise Fault(f"its name ends in none of {', '.join(KINDS)}: save it as CSV")
     except UnicodeDecodeError:
-        raise Fault(f"{name} is not UTF-8: save it as UTF-8 text") from None
-    except (Fault, ValueError, pd.errors.ParserWarning) as error:
-        raise Fault(f"{name}: {error}") from None
+        raise Fault(f"{name} is not UTF-8: save it as such (in Excel: CSV UTF-8)") from None
+    except pd.errors.EmptyDataError:
+        raise Fault(f"{name} is empty") from None
+    except pd.errors.ParserWarning:
+        quotes = "do commas separate cells, and have texts with commas quotation marks?"
+        raise Fault(f"{name}, row 1 has more cells than there are columns: {quotes}") from None
+    except (Fault, ValueError) as error:
+        what = str(error).removeprefix("Error tokenizing data. C error: ")
+        raise Fault(f"{name}: {what}") from None
 
 
-def find_column(frame, wanted, name):
-    """The name of a DataFrame's column, also in another case if one alone is like it."""
+def find_column(frame, args, flag, name):
+    """The DataFrame's column that args.text_column or args.label_column names, in any case if
+    one alone is like it. Raises Fault."""
+    wanted = getattr(args, flag)
     for same in (str, lambda column: str(column).lower()):
         found = [column for column in frame.columns if same(column) == same(wanted)]
         if len(found) == 1:
             return found[0]
-    there = ", ".join(map(repr, frame.columns))
-    raise Fault(f"{name} has the columns {there}: which one is the {wanted}? (--text_column, ...)")
+    there, how = (
+        ", ".join(map(repr, frame.columns)),
+        "by name, or by position if there is no header",
+    )
+    raise Fault(f"{name} has the columns {there}, not {wanted!r}: give --{flag}, {how}")
 
 
 def read_texts(path, args):
@@ -668,8 +682,10 @@ def read_texts(path, args):
         frame = pd.concat([pd.DataFrame(), *read_table(file, path, path.suffix.lower(), header)])
     if frame.empty:
         raise Fault(f"{path} has no rows")
-    text = frame[find_column(frame, args.text_column, path)]
-    label = frame[find_column(frame, args.label_column, path)]
+    columns = [find_column(frame, args, flag, path) for flag in ("text_column", "label_column")]
+    if columns[0] == columns[1]:
+        raise Fault(f"{path}: --text_column and --label_column are the same column")
+    text, label = (frame[column] for column in columns)
     types = {type(cell).__name__ for cell in label.dropna()}
     if len(types) > 1 or types & {"dict", "list", "float"}:
         raise Fault(f"{path}: labels must be all strings or all integers, not {sorted(types)}")
@@ -810,6 +826,9 @@ def split_data(everything, args):
         frame = frame.drop_duplicates("text")  # the first one stays; training comes before test
     if frame["label"].nunique() < 2:
         raise Fault(f"{args.data} needs two labels at least, not {sorted(set(frame['label']))}")
+    if frame["label"].nunique() > max(len(frame) / 2, 2):
+        many = f"{frame['label'].nunique():,} labels in {len(frame):,} rows"
+        raise Fault(f"{args.data} has {many}: is --label_column right?")
     training = frame[frame["part"] == "train"] if "part" in frame else frame
     if args.balance and len(training):  # drawn as the article draws them
         fewest = training["label"].value_counts().min()
@@ -827,6 +846,8 @@ def split_data(everything, args):
     found = set(parts["train"]["label"])
     numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
     labels = sorted(found, key=int if numeric else str)
+    if len({label.lower() for label in labels}) < len(labels):
+        notes.append("some labels differ in nothing but upper and lower case")
     for part, table in parts.items():
         if table.empty:
             raise Fault(f"{args.data}: {len(frame)} texts are too few, none is left for {part}")
@@ -839,9 +860,9 @@ def split_data(everything, args):
         notes.append(f"{total} also occur in training: --dedupe removes such repeats")
     counts = pd.concat(parts.values())["label"].value_counts()
     shown = ", ".join(f"{counts[label]:,} {printable(label)}" for label in labels[:8])
-    shown = f"{'balanced ' if args.balance else ''}({shown}{', ...' if len(labels) > 8 else ''})"
+    shown = f"{', balanced' if args.balance else ''} ({shown}{', ...' if len(labels) > 8 else ''})"
     sizes = ", ".join(f"{len(table):,} {part}" for part, table in parts.items())
-    say("data", f"{args.data}: {counts.sum():,} texts, {shown}: {sizes}")
+    say("data", f"{args.data}: {counts.sum():,} texts{shown}: {sizes}")
     for note in notes:
         say("", note)
     return parts, labels
@@ -1211,7 +1232,7 @@ class Classifier:
         """[(label, probability)], as strings, empty for texts without content."""
         probs, cut = self.probabilities(texts)
         if cut:
-            warn(f"note: {cut:,} texts were cut to {self.encoder.max_length:,} tokens")
+            warn(f"note: cut to {self.encoder.max_length:,} tokens: {cut:,} texts")
         best = zip(*(t.tolist() for t in probs.max(1)))
         return [(self.labels[i], f"{p:.4f}") if p else ("", "") for p, i in best]
 
@@ -1283,7 +1304,8 @@ def predict_file(args):
     if output and source.exists() and Path(output).exists() and source.samefile(output):
         raise Fault("--output is the file that is being read")
     kind = ".csv" if standard else source.suffix.lower()
-    wanted = "text" if kind == ".txt" else args.text_column
+    if kind == ".txt":
+        args.text_column = "text"
     shown = printable if sys.stdout.isatty() and not output else str
 
     def cell(content):  # what JSON made of it as JSON again, what is missing as nothing
@@ -1292,10 +1314,10 @@ def predict_file(args):
     with contextlib.ExitStack() as stack:
         file = sys.stdin.buffer if standard else stack.enter_context(open(source, "rb"))
         name, done = "standard input" if standard else source, 0
-        chunks = read_table(file, name, kind, header=not wanted.isdigit())
+        chunks = read_table(file, name, kind, header=not args.text_column.isdigit())
         stack.enter_context(contextlib.closing(chunks))
-        first = next(chunks, pd.DataFrame())
-        column = find_column(first, wanted, name)
+        first = next(chunks)
+        column = find_column(first, args, "text_column", name)
         taken = {str(column).lower() for column in first}
         added = [f"predicted_{c}" if c in taken else c for c in ("label", "probability")]
         classifier, out = load_classifier(args), sys.stdout
@@ -1308,7 +1330,8 @@ def predict_file(args):
             answers = classifier.predict([t if isinstance(t, str) else "" for t in chunk[column]])
             chunk = chunk.astype(object).where(chunk.notna(), "").map(cell)
             table = chunk.reindex(columns=first.columns).rename(columns=shown)
-            table[added] = pd.DataFrame(answers, table.index, dtype=object)
+            answers = pd.DataFrame(answers, table.index, added, dtype=object)
+            table = pd.concat([table, answers], axis=1)
             # All quoted: the csv module of Python before 3.13 forgets to, at carriage returns.
             table.to_csv(out, index=False, header=done == 0, quoting=csv.QUOTE_ALL)
             out.flush()
@@ -1332,7 +1355,10 @@ def trace(args):
         )
     if not args.trace.strip():
         raise Fault("there is no text to trace")
-    example = encoder.example(encoder.tokens([args.trace])[0])
+    tokens = encoder.tokens([args.trace])[0]
+    if len(tokens) > encoder.max_length:
+        warn(f"note: cut to {encoder.max_length:,} tokens")
+    example = encoder.example(tokens)
     # All places are read, each as if the text ended there: thanks to the causal mask, it does.
     row, n = Row.of([example], args.device), len(example.ids)
     everywhere = torch.arange(n, device=args.device)
@@ -1352,7 +1378,11 @@ def trace(args):
 def evaluate(args):
     """--evaluate: a saved classifier on labelled data, and its most confident mistakes."""
     classifier = load_classifier(args)
-    frame, which, settings = read_data(args), "all rows", classifier.settings
+    settings = classifier.settings
+    if args.data is None:
+        for flag in ("data", "text_column", "label_column"):
+            setattr(args, flag, str(settings.get(flag)))
+    frame, which = read_data(args), "all rows"
     if fingerprint(frame) == settings.get("fingerprint"):  # never the texts that it learnt from
         args.balance, args.dedupe = settings.get("balance"), settings.get("dedupe")
         frame, which = split_data(frame, args)[0]["test"], "the test part"
@@ -1367,7 +1397,7 @@ def evaluate(args):
     texts, true = frame["text"].tolist(), list(map(classifier.labels.index, frame["label"]))
     probs, cut = classifier.probabilities(texts, Progress("evaluating", len(texts)))
     metrics = Metrics(probs, true)
-    say("data", f"{args.data}: {which}, {len(texts):,} texts, {cut:,} of them cut")
+    say("data", f"{args.data}: {which}, {len(texts):,} texts{f', {cut:,} cut' if cut else ''}")
     metrics.report("evaluated", classifier.labels)
     best, found = probs.max(1)
     wrong = [i for i in best.argsort(descending=True, stable=True).tolist() if found[i] != true[i]]
@@ -1437,8 +1467,6 @@ class Journal:
             warn(f"note: {self.path}, left by an unfinished run, will be written over")
 
     def load(self):
-        if not self.path.exists():
-            raise Fault(f"there is nothing to resume: {self.path} does not exist")
         self.tensors, metadata = read_safetensors(self.path)
         try:
             info = json.loads(metadata["gpt_classify"])
@@ -1526,7 +1554,7 @@ def fit(model, optimizer, examples, journal, args):
         journal.save(model, optimizer)
         if args.log and process()[0] == 0:
             with replacing(args.log) as file:
-                pd.DataFrame(journal.history).to_csv(file, index=False)
+                pd.DataFrame(journal.history).to_csv(file, index=False, float_format="%.6g")
         # Said only now that the journal is on disk: an epoch that is printed is not lost.
         say(name, f"loss {loss:.3f}   {shown}   {seconds:.1f} s")
 
@@ -1572,9 +1600,10 @@ def train(args):
     tokens = {part: encoder.tokens(table["text"].tolist()) for part, table in parts.items()}
     numbers = {part: list(map(labels.index, table["label"])) for part, table in parts.items()}
     if cut := sum(len(t) > encoder.max_length for part in tokens.values() for t in part):
-        say("", f"{cut:,} texts are cut to {encoder.max_length:,} tokens")
+        say("", f"cut to {encoder.max_length:,} tokens: {cut:,} texts")
     commonest, bag = baselines(tokens, numbers, len(labels), config.vocab_size)
-    say("baseline", f"always the commonest label {commonest:.1%}; bag of words {bag:.1%} (test)")
+    bag_of = "bag of words" if args.tokenizer == "gpt2" else "bag of bytes"
+    say("baseline", f"always the commonest label {commonest:.1%}; {bag_of} {bag:.1%} (test)")
 
     settings = {key: value for key, value in vars(args).items() if key not in INERT}
     settings |= {"device": args.device.type, "fingerprint": fingerprint(frame)}
@@ -1615,6 +1644,8 @@ def train(args):
         error = f"the test set's standard error is {metrics.standard_error:.2%}"
         spread = f"standard deviation {deviation:.2%} over {args.seeds} seeds"
         say("test", f"accuracy {mean:.2%}, {spread}; {error}")
+    if mean < max(commonest, bag) + metrics.standard_error:
+        say("", "not clearly above the baselines: more texts, or more --num_epochs, may help")
     if args.plot and first:
         plot(args.plot, journal.history)
     seconds = time.perf_counter() - began
@@ -1625,7 +1656,7 @@ def train(args):
         text = printable(textwrap.shorten(parts["test"]["text"].iloc[0], 50, placeholder=""))
         flags = ["--predict", text or "some text", "--classifier", args.classifier]
         flags = flags[: 2 if args.classifier == DEFAULT_CLASSIFIER else 4]
-        say("try", f"python gpt_classify.py {shlex.join(flags)}")
+        say("try", f"python {os.path.relpath(__file__)} {shlex.join(flags)}")
     row = {"trainable": learns, "here": mean, "sd": deviation, "se": metrics.standard_error}
     return row | {"bag_of_words": bag, "seeds": args.seeds, "seconds": round(seconds, 1)}
 
@@ -1750,12 +1781,12 @@ def make_parser():
     rows = "the rows of a csv, tsv, jsonl or txt (a text a line) with label and probability added"
     flag("predict_file", f"{rows}, as CSV (-: csv from standard input)", metavar="FILE")
     flag("trace", "what the model believes after each token", metavar="TEXT")
-    flag("evaluate", "metrics of a classifier on --data")
+    flag("evaluate", "metrics of a classifier on --data (none: the test part of its own)")
     flag("generate", "continue TEXT with the language model, greedily", metavar="TEXT")
 
     group = parser.add_argument_group("data")
     data = "sms, imdb, stdlib, or a path: csv, tsv, jsonl; a folder with train, validation and test"
-    flag("data", f"{data} files; SMSSpamCollection or its zip", default="sms")
+    flag("data", f"{data} files; SMSSpamCollection or its zip (default: sms)", metavar="DATA")
     column = "name in any case; or position, from 0, in files with no header"
     flag("text_column", column, default="text")
     flag("label_column", column, default="label")
@@ -1786,10 +1817,10 @@ def make_parser():
     flag("lora_rank", "the inner width of LoRA's B A", type=at_least(int, 1), default=8)
     flag("lora_alpha", "LoRA adds alpha / rank times B A", type=at_least(float, 0), default=8.0)
     flag("num_epochs", "times that each training text is seen", type=at_least(int, 1), default=5)
-    flag("batch_size", "texts", type=at_least(int, 1), default=8)
+    flag("batch_size", "texts per batch", type=at_least(int, 1), default=8)
     flag("accumulation_steps", "batches per step", type=at_least(int, 1), default=1)
     flag("learning_rate", "of AdamW", type=at_least(float, 0), default=5e-5)
-    flag("weight_decay", "of AdamW, on all that learns", type=at_least(float, 0), default=0.1)
+    flag("weight_decay", "of AdamW, on all that is trained", type=at_least(float, 0), default=0.1)
     flag("ignore_index", "number of a label that is not learnt from", type=int, default=-100)
     drawn = "of the head, of random weights and of the order of texts"
     flag("seed", drawn, type=at_least(int, 0), default=123)
@@ -1800,7 +1831,7 @@ def make_parser():
     flag("plot", "draw them (needs matplotlib)", metavar="PICTURE")
 
     group = parser.add_argument_group("how it runs, and files")
-    budget = "the budget of a row (default: 512 on a CPU, else 2048)"
+    budget = "how many the model sees at a time, of short texts (default: CPU 512, else 2048)"
     flag("tokens_per_row", budget, type=at_least(int, 1), metavar="TOKENS")
     flag("no_feature_cache", "run frozen blocks in every epoch")
     flag("device", "(default: the best there is)", choices=("cuda", "mps", "cpu"))
@@ -1840,15 +1871,19 @@ def parse(argv):
         raise Fault(f"--plot {args.plot}: the name must end in .png, .svg, .pdf or .jpg")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise Fault("--plot needs matplotlib: pip install matplotlib")
-    for name in (args.classifier, args.log, args.plot) if args.train else ():
+    if args.resume and not Path(f"{args.classifier}.resume").exists():
+        raise Fault(f"there is nothing to resume: {args.classifier}.resume does not exist")
+    for name in (args.output, *((args.classifier, args.log, args.plot) if args.train else ())):
         if name and not Path(name).absolute().parent.is_dir():
             raise Fault(f"{name}: there is no such folder")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     if not {"cuda": cuda, "mps": mps, "cpu": True}[device]:
         raise Fault(f"--device {device}: there is none that torch can use on this machine")
+    if args.data is None and not args.evaluate:
+        args.data = "sms"
     if args.balance is None:
-        args.balance = is_sms(args.data)
+        args.balance = args.data is not None and is_sms(args.data)
     if args.dtype is None:
         fast = device == "cuda" and torch.cuda.is_bf16_supported()
         args.dtype = "bfloat16" if fast else "float32"
@@ -1885,11 +1920,12 @@ def main(argv=None):
         ACTIONS[action](args)
         return 0
     except KeyboardInterrupt as stop:
-        resumable = args and args.train and Path(f"{args.classifier}.resume").exists()
-        again = "starts again; what is saved is whole"
-        if resumable and len(args.experiment or []) < 2:
-            again = "with --resume goes on after the last finished epoch"
-        warn(f"\nstopped: the same command {again}")
+        again = ""
+        if args and args.train:
+            again = ": the same command starts again; what is saved is whole"
+            if Path(f"{args.classifier}.resume").exists() and len(args.experiment or []) < 2:
+                again = ": the same command with --resume goes on after the last finished epoch"
+        warn(f"\nstopped{again}")
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

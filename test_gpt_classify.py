@@ -756,6 +756,12 @@ def test_a_folder_keeps_its_own_split(here, capsys):
     assert {part: len(t) for part, t in parts.items()} == {"train": 20, "validation": 4, "test": 6}
 
 
+def test_labels_that_differ_in_case_alone_are_told(here, capsys):
+    Path("t.csv").write_text("text,label\n" + "x,good\ny,Good\nz,bad\n" * 20)
+    g.split_data(g.read_data(data_flags("t.csv")), data_flags("t.csv"))
+    assert "differ in nothing but upper and lower case" in capsys.readouterr().out
+
+
 def test_integer_labels_are_numbers_in_order(here, capsys):
     rows = [json.dumps({"text": f"text {i}", "label": i % 12}) for i in range(60)]
     Path("t.jsonl").write_text("\n".join(rows))
@@ -935,9 +941,9 @@ def test_training_reports_and_saves(trained):
     lines = trained.out.split("\n")
     assert (
         lines[0]
-        == "data      texts.csv: 60 texts, (30 good, 30 poor): 42 train, 6 validation, 12 test"
+        == "data      texts.csv: 60 texts (30 good, 30 poor): 42 train, 6 validation, 12 test"
     )
-    assert lines[1].startswith("baseline  always the commonest label 58.3%; bag of words 100.0%")
+    assert lines[1].startswith("baseline  always the commonest label 58.3%; bag of bytes 100.0%")
     assert "GPT-2, gpt2.safetensors, 0.6M parameters; training last_block: 0.20M" in trained.out
     assert "frozen    2 of 3 blocks, once for all 60 texts" in trained.out
     assert "epoch 5/5 loss" in trained.out
@@ -1084,6 +1090,12 @@ def test_a_file_of_any_length_is_predicted_a_thousand_rows_at_a_time(
     assert sizes == [1000, 1000, 1000, 456]
 
 
+def test_a_table_without_rows_gives_one_without_rows(trained, run):
+    Path("in.csv").write_text("id,text,predicted_label\n")
+    status, out, _ = run("--predict_file", "in.csv")
+    assert (status, out) == (0, '"id","text","predicted_label","label","probability"\n')
+
+
 def test_a_column_that_comes_too_late_is_not_lost_in_silence(trained, run):
     Path("in.jsonl").write_text('{"text": "a"}\n' * 1000 + '{"text": "a", "id": 3}\n')
     status, _, err = run("--predict_file", "in.jsonl")
@@ -1132,6 +1144,7 @@ def test_what_has_no_opinion_after_each_token_is_not_traced(trained, run, flags)
 def test_evaluation_takes_the_test_part_of_what_was_learnt_and_all_of_the_rest(trained, run):
     _, out, _ = run("--evaluate", "--data", "texts.csv")
     assert "the test part, 12 texts" in out
+    assert run("--evaluate")[1] == out  # no --data: that of training
     write_texts("new.csv", 8)
     _, out, _ = run("--evaluate", "--data", "new.csv")
     assert "all rows, 8 texts" in out
@@ -1543,7 +1556,8 @@ FAULTS = {
     "a tensor that is missing": ("--generate x --weights lacking", {}, "ln_f.bias is missing"),
     "a tensor of another shape": ("--generate x --weights odd", {}, "ln_f.bias has the shape (3,)"),
     "no data": (T + "nowhere.csv", {}, "nowhere.csv: No such file"),
-    "an empty file": (T + "t.csv", {"t.csv": b""}, "t.csv: No columns"),
+    "an empty file": (T + "t.csv", {"t.csv": b""}, "t.csv is empty"),
+    "an empty list of texts": ("--predict_file t.txt" + USE, {"t.txt": b""}, "t.txt is empty"),
     "no rows": (T + "t.csv", {"t.csv": b"text,label\n"}, "t.csv has no rows"),
     "not UTF-8": (T + "t.csv", {"t.csv": ROWS + b"\xe9,a\n"}, "t.csv is not UTF-8"),
     "UTF-16": (T + "t.csv", {"t.csv": "text,label".encode("utf-16")}, "t.csv is not UTF-8"),
@@ -1551,15 +1565,29 @@ FAULTS = {
     "other columns": (
         T + "t.csv",
         {"t.csv": b"message,kind\nx,a\n"},
-        "has the columns 'message', 'kind': which one is the text?",
+        "has the columns 'message', 'kind', not 'text': give --text_column",
     ),
     "columns that differ in case": (
         T + "t.csv",
         {"t.csv": b"Text,TEXT,label\nx,y,a\n"},
-        "which one is the text?",
+        "has the columns 'Text', 'TEXT', 'label', not 'text'",
     ),
     "a row too long": (T + "t.csv", {"t.csv": ROWS + b"x,a,b\n"}, "in line 42, saw 3"),
-    "a first row too long": (T + "t.csv", {"t.csv": b"text,label\nx,a,b\n"}, "does not match"),
+    "a first row too long": (
+        T + "t.csv",
+        {"t.csv": b"text,label\nx,a,b\n"},
+        "row 1 has more cells",
+    ),
+    "text for label": (
+        T + "t.csv",
+        {"t.csv": b"text,label\n" + b"".join(b"x,%d\n" % i for i in range(40))},
+        "40 labels in 40 rows: is --label_column right?",
+    ),
+    "one column for both": (
+        T + "t.csv --label_column text",
+        {"t.csv": ROWS},
+        "are the same column",
+    ),
     "an open quote": (T + "t.csv", {"t.csv": ROWS + b'"x,a\n'}, "EOF inside string"),
     "no JSON": (
         T + "t.jsonl",
@@ -1656,7 +1684,7 @@ FAULTS = {
     "an output that is not there": (
         "--predict_file {kit}/texts.csv --output no/where.csv" + USE,
         {},
-        "no/where.csv: No such file",
+        "no/where.csv: there is no such folder",
     ),
     "an output that is the input": (
         "--predict_file t.csv --output t.csv" + USE,
@@ -1692,7 +1720,7 @@ def test_every_fault_is_one_line_status_2_and_leaves_nothing_behind(here, kit, n
 def test_a_cell_of_ten_megabytes_is_cut(trained, run):
     Path("t.csv").write_text("text\n" + "good " * 2_000_000 + "\nlast\n")
     status, out, err = run("--predict_file", "t.csv", "--output", "o.csv")
-    assert (status, out, err) == (0, "", "note: 1 texts were cut to 64 tokens\n")
+    assert (status, out, err) == (0, "", "note: cut to 64 tokens: 1 texts\n")
     assert Path("o.csv").stat().st_size > 10_000_000
 
 
