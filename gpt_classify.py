@@ -41,8 +41,8 @@ One message on its way, with GPT-2 small:
                                         probabilities of them, cross-entropy of these the loss:
                                         ln 2 = 0.69 for who knows nothing, 0 for who knows it all
 
-Who is in a hurry reads sections 3, 6 and 7, which hold all of these ideas, and `train` in section 9,
-which puts them together; the rest is files, messages and flags.
+Who is in a hurry reads sections 3, 6 and 7, which hold all of these ideas, and `train` in section
+9, which puts them together; the rest is files, messages and flags.
 
 Shapes stand in comments: T tokens in a row, N texts in it, Q places that are read, C channels,
 K labels. `args` are the flags of section 10, by their names.
@@ -564,7 +564,7 @@ def published_gpt2(size, cache_dir, causal=True):
 
 def random_weights(config):
     """Weights as GPT-2 was initialised: normal(0, 0.02), but c_proj, whose outputs are added to
-    the residual stream 2 n_layer times, by 1 / sqrt(2 n_layer) less. Draws from torch's generator."""
+    the residual stream 2 n_layer times, by 1 / sqrt(2 n_layer) less. From torch's generator."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}  # the head is wte
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -727,13 +727,12 @@ def read_imdb(path):
     import pandas as pd
 
     wanted = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
-    rows, size, progress = [], 0, Progress("reading reviews", 50_000)
+    rows, progress = [], Progress("reading reviews", 50_000)
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 match = wanted.fullmatch(member.name) if member.isreg() else None
-                size += member.size if match else 0
-                if size > MAX_UNPACKED or member.offset > 4 * MAX_UNPACKED:
+                if member.offset + member.size > MAX_UNPACKED:
                     raise Fault(f"{path}: what it unpacks to is too large")
                 if match:
                     text = archive.extractfile(member).read().decode(errors="replace")
@@ -1348,9 +1347,6 @@ def predict_file(args):
                 print(f"\r{done:,} rows ", end="", file=sys.stderr, flush=True)
 
 
-COLOURS = (40, 200), (80, 90), (200, 20)  # red, green, blue: from 0% to 100%
-
-
 def trace(args):
     """--trace: what a causal classifier believes after each token, in one forward pass."""
     classifier = load_classifier(args)
@@ -1378,7 +1374,8 @@ def trace(args):
         text = encoder.tokenizer.decode_single_token_bytes(token).decode(errors="replace")
         text, label, p = printable(text), names[p.argmax()], float(p.max())
         if shaded:  # from blue to orange: how sure it is of the label that wins in the end
-            red, green, blue = (int(a + (b - a) * belief) for a, b in COLOURS)
+            ends = (40, 200), (80, 90), (200, 20)  # red, green, blue at 0% and at 100%
+            red, green, blue = (int(a + (b - a) * belief) for a, b in ends)
             text = f"\x1b[48;2;{red};{green};{blue};38;2;255;255;255m{text}\x1b[0m"
         print(f"{label:{max(map(len, names))}}  {p:6.1%}  {text}")
 
@@ -1910,15 +1907,11 @@ def parse(argv):
     return args
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run just as Ctrl-C does."""
-
-
 def main(argv=None):
     """Runs one action. Returns an exit status: 0; 2 after a fault; 130 or 143 if interrupted."""
 
-    def terminate(*_):
-        raise Terminated
+    def terminate(*_):  # SIGTERM ends a run just as Ctrl-C does, but for its status
+        raise KeyboardInterrupt(143)
 
     argv, args = sys.argv[1:] if argv is None else argv, None
     before = signal.signal(signal.SIGTERM, terminate)
@@ -1942,7 +1935,7 @@ def main(argv=None):
             if Path(f"{args.classifier}.resume").exists() and len(args.experiment or []) < 2:
                 again = ": the same command with --resume goes on after the last finished epoch"
         warn(f"\nstopped{again}")
-        return 143 if isinstance(stop, Terminated) else 130
+        return stop.args[0] if stop.args else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         message = "standard output was closed before everything was written"

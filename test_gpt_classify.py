@@ -711,6 +711,15 @@ def test_an_archive_cut_short_is_an_error(here):
         g.read_data(data_flags("imdb", cache_dir=here))
 
 
+def test_an_archive_that_unpacks_to_more_than_it_should_is_refused(here, monkeypatch):
+    monkeypatch.setattr(g, "MAX_UNPACKED", 1 << 20)
+    large = tarfile.TarInfo("aclImdb/train/pos/1_9.txt")
+    large.size = 1 << 20
+    imdb("aclImdb_v1.tar.gz", [large])
+    with pytest.raises(g.Fault, match="too large"):
+        g.read_data(data_flags("imdb", cache_dir=here))
+
+
 def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
     frame, again = g.read_stdlib(), g.read_stdlib()
     assert frame.equals(again)
