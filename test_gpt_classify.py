@@ -117,7 +117,7 @@ def every_place(ids):
     everywhere = torch.arange(len(ids))
     row = g.Row.of([g.Example(torch.tensor(ids), range(len(ids)))])
     row.read = row.owner = everywhere
-    row.n_texts = len(ids)
+    row.labels = torch.arange(len(ids))
     return row
 
 
@@ -575,7 +575,7 @@ def test_bfloat16_and_compile_do_what_float32_does(tmp_path):
     model = g.make_classifier(tiny_model(tmp_path), 2, "last_block")
     texts = random_texts(6)
     exact = g.probabilities(model, texts, settings())
-    g.place(model, argparse.Namespace(dtype="bfloat16", compile=False, device="cpu"))
+    g.to_device(model, argparse.Namespace(dtype="bfloat16", compile=False, device="cpu"))
     rough = g.probabilities(model, texts, settings())
     assert 0 < (rough - exact).abs().max() < 0.05
 
@@ -1680,7 +1680,7 @@ FAULTS = {
         "no pretrained weights for gpt2-nano",
     ),
     "an unknown size": (TEXTS + "--model_size gpt3", {}, "invalid choice: 'gpt3'"),
-    "an unknown row": ("--train --experiment 3 20", {}, "the article's table has rows 1 to 19"),
+    "an unknown row": ("--train --experiment 3 20", {}, "invalid choice: 20"),
     "a series to resume": ("--train --experiment 3 4 --resume", {}, "for one run"),
     "nothing to resume": (TEXTS + "--resume", {}, "nothing to resume"),
     "offline prediction": ("--predict x --offline", {}, "--offline goes with --train"),
