@@ -42,8 +42,8 @@ One message on its way, with GPT-2 small:
                                         probabilities of them, cross-entropy of these the loss:
                                         0.69 (ln 2) for a guess, 0 for certainty that is right
 
-Who is in a hurry reads sections 3, 6 and 7, which hold all of these ideas, and `train` in section
-9, which puts them together; the rest is files, messages and flags.
+Readers in a hurry can read sections 3, 6 and 7, which hold all of these ideas, and `train` in
+section 9, which puts them together; the rest is files, messages and flags.
 
 Shapes stand in comments: T tokens in a row, N texts in it, Q places that are read, C channels,
 K labels, H heads. `args` are the flags of section 10, by their names.
@@ -116,7 +116,7 @@ def say(name, text):
 
 
 def warn(text):
-    """What is no result, on standard error."""
+    """Notes and errors, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -442,7 +442,8 @@ def read_safetensors(path):
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + place[0])
         tensors[name] = flat.view(shape) if count else torch.empty(shape, dtype=dtype)
     places = [[0, 0], *sorted(places), [len(data) - start] * 2]  # between where data begin and end
-    check(all(a[1] == b[0] for a, b in itertools.pairwise(places)), "its tensors overlap or gape")
+    whole = all(a[1] == b[0] for a, b in itertools.pairwise(places))
+    check(whole, "its tensors overlap or leave gaps")
     return tensors, metadata
 
 
@@ -1158,7 +1159,8 @@ def baselines(tokens, targets, n_labels, vocabulary):
 def train_epoch(model, optimizer, examples, order, args, progress):
     """One pass over the examples in the order (N,). Returns (loss, accuracy), means over the
     epoch, measured on each text just before the step that learns from it (so in the first epoch
-    they are often worse than validation: early texts met a model that knew nothing)."""
+    they are often worse than validation: early texts met a model that knew nothing). A text with
+    the label --ignore_index counts as one without loss."""
     rank, world = process()
     trained = [p for p in model.parameters() if p.requires_grad]
     total = torch.zeros(2, device=args.device)  # loss, right answers
@@ -1236,7 +1238,7 @@ class Classifier:
         probs, cut = self.probabilities_of(texts)
         if cut:
             warn(f"note: cut to {self.encoder.max_length:,} tokens: {cut:,} texts")
-        best = zip(*(t.tolist() for t in probs.max(1)))
+        best = zip(*(t.tolist() for t in probs.max(1)))  # probability 0: a text without content
         return [(self.labels[i], f"{p:.4f}") if p else ("", "") for p, i in best]
 
 
@@ -1316,7 +1318,7 @@ def predict_file(args):
         file = sys.stdin.buffer if standard else stack.enter_context(open(source, "rb"))
         name, done = "standard input" if standard else source, 0
         chunks = read_table(file, name, kind, header=not args.text_column.isdigit())
-        stack.enter_context(contextlib.closing(chunks))
+        stack.enter_context(contextlib.closing(chunks))  # before the file is
         first = next(chunks)
         column = find_column(first, args, "text_column", name)
         taken = {str(column).lower() for column in first}
@@ -1487,7 +1489,8 @@ class Journal:
             info = json.loads(metadata["gpt_classify"])
             before = {key: info["settings"].get(key) for key in self.settings}
             self.seed, self.history, self.results = info["seed"], info["history"], info["results"]
-            self.history[-1]["epoch"] + self.seed + len(self.results)  # they are of these types
+            if not isinstance(self.seed, int) or not isinstance(self.history[-1]["epoch"], int):
+                raise TypeError
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise Fault(f"{self.path} is no unfinished run of this tool") from None
         if before != self.settings:

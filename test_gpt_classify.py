@@ -960,6 +960,13 @@ def test_training_reports_and_saves(trained):
     assert sorted(os.listdir()) == ["classifier.safetensors", "gpt2.safetensors", "texts.csv"]
 
 
+def test_the_baseline_sees_no_more_of_a_text_than_the_model(trained, run):
+    out = run(*trained.train, "--max_length", 4)[1]  # all texts begin alike
+    assert "cut to 4 tokens: 60 texts" in out
+    assert "bag of bytes 100.0%" not in out
+    assert "not clearly above the baselines" in out
+
+
 def test_the_same_flags_give_the_same_file_and_another_seed_another(trained, run):
     before = Path("classifier.safetensors").read_bytes()
     run(*trained.train)
