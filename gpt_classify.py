@@ -80,15 +80,18 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import pandas as pd
 import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+# pandas is imported where tables are made: --predict "text" starts 0.7 s sooner without it.
+
 # ------------------------------------------------------------------------------------------------
 # 1. What a run says
+#
+# Results on standard output, all else on standard error; and what the user can mend, in one line.
 
 
 class Fault(Exception):
@@ -153,7 +156,6 @@ class GPTConfig:
     n_layer: int = 12  # blocks
     n_head: int = 12
     n_embd: int = 768  # C, the width of everything that flows between the blocks
-    causal: bool = True  # a token sees only what stands before it
 
 
 SIZES = {
@@ -190,6 +192,7 @@ class Example:
     ids: torch.Tensor  # (T,) int64: the tokens that can be seen from the places that are read
     read: range  # those places; more than one means: the mean over them
     label: int = -1
+    causal: bool = True  # a token sees only what stands before it
     # Features, once the frozen blocks have run: (T, C); (1, C) where all blocks are frozen, since
     # then all that is ever needed again is the vector that the head gets.
     x: torch.Tensor | None = None
@@ -202,6 +205,7 @@ class Row:
 
     ids: torch.Tensor  # (T,)
     pos: torch.Tensor  # (T,) position of each token in its text, from 0, as if it were alone
+    since: torch.Tensor  # (T,) from which position on it is seen: its own; 0 if it is not causal
     text: torch.Tensor  # (T,) number of the text that it belongs to
     read: torch.Tensor  # (Q,) indexes into the row
     owner: torch.Tensor  # (Q,) the text that each of them is read for
@@ -215,12 +219,15 @@ class Row:
         lengths = torch.tensor([len(e.ids) for e in examples])
         starts = lengths.cumsum(0) - lengths  # (N,)
         text = torch.repeat_interleave(lengths)  # 0 0 0 0 1 1 2 2 2
+        pos = torch.arange(len(text)) - starts[text]  # 0 1 2 3 0 1 0 1 2
+        causal = torch.tensor([e.causal for e in examples])
         read = [torch.tensor(e.read) for e in examples]
         owner = torch.repeat_interleave(torch.tensor([len(r) for r in read]))
         cached = examples[0].x is not None
         return cls(
             ids=torch.cat([e.ids for e in examples]).to(device),
-            pos=(torch.arange(len(text)) - starts[text]).to(device),
+            pos=pos.to(device),
+            since=(pos * causal[text]).to(device),
             text=text.to(device),
             read=(torch.cat(read) + starts[owner]).to(device),
             owner=owner.to(device),
@@ -281,9 +288,9 @@ class Attention(nn.Module):
         to_q, to_kv = self.c_attn.split(C, 2 * C)
         q = to_q(x[read])  # (Q, C)
         k, v = to_kv(x).split(C, dim=1)  # (T, C) each
-        # A batch dimension of 1 in front: without it torch takes a path that was 7 times slower
-        # (a row of 512 tokens on two CPU cores, torch 2.13).
-        # A head is a slice of the channels: head h of q is q[:, 64 h : 64 h + 64].
+        # A head is a slice of the channels: head h of q is q[:, 64 h : 64 h + 64]. A batch
+        # dimension of 1 stands in front, since without it torch takes a path that was 7 times
+        # slower (a row of 512 tokens on two CPU cores, torch 2.13).
         q, k, v = (
             t.view(1, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (1, H, Q or T, C/H)
             for t in (q, k, v)
@@ -352,12 +359,11 @@ class GPT(nn.Module):
     def mask(self, row):
         """(T, T) bool: token i sees token j if both are of one text and j is not after i.
 
-        (Positions compare as indexes would: both tokens are of one text.) BERT has no second
-        condition, and reads the first token. To drop it from GPT-2, which learnt with it, gave the
-        article 95.33% instead of 95.00% (row 17 of its table, section 9).
+        BERT has no second condition, and reads the first token. To drop it from GPT-2, which learnt
+        with it, gave the article 95.33% instead of 95.00% (row 17 of its table, section 9); here
+        TextEncoder does so, by examples whose tokens are seen from position 0 on.
         """
-        mask = row.text[:, None] == row.text
-        return mask & (row.pos[:, None] >= row.pos) if self.config.causal else mask
+        return (row.text[:, None] == row.text) & (row.pos[:, None] >= row.since)
 
     def hidden(self, row, stop=None):
         """Runs blocks row.depth to stop, and returns x (T, C); or, after the last block, what is
@@ -411,6 +417,10 @@ def read_safetensors(path):
         if not ok:
             raise Fault(f"{path} is no sound safetensors file: {what}")
 
+    def unique(pairs):
+        check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
+        return dict(pairs)
+
     def sizes(numbers, most):  # a list of a few numbers, none larger than the file
         few = isinstance(numbers, list) and len(numbers) <= most
         return few and all(type(n) is int and 0 <= n <= len(data) for n in numbers)
@@ -421,7 +431,7 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(data[:8], "little")
     check(start <= min(len(data), 8 + MAX_HEADER), "its header is longer than can be")
     try:
-        header = json.loads(data[8:start].decode())
+        header = json.loads(data[8:start].decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError):
         header = None
     check(isinstance(header, dict), "its header is not JSON")
@@ -511,16 +521,20 @@ def download(url, target, sha256=None, check=lambda path: None):
     return target
 
 
-def config_of(tensors, causal):
+def config_of(tensors):
     """Reads a GPTConfig off the shapes of {name: tensor}. Raises Fault if they are no GPT-2's."""
     try:
         (vocab_size, C), (block_size, _) = tensors["wte.weight"].shape, tensors["wpe.weight"].shape
     except (KeyError, ValueError):
         raise Fault("these are no GPT-2's weights: wte.weight and wpe.weight are missing") from None
-    n_layer = sum(bool(re.fullmatch(r"h\.\d+\.attn\.c_attn\.weight", n)) for n in tensors)
+    n_layer = 0
+    while (name := f"h.{n_layer}.attn.c_attn.weight") in tensors:
+        if tensors[name].numel() != 3 * C * C:
+            raise Fault(f"the tensor {name} does not fit a width of {C}")
+        n_layer += 1
     if C == 0 or C % 64 or n_layer == 0:
         raise Fault(f"no GPT-2 with heads 64 wide has a width of {C} and {n_layer} blocks")
-    return GPTConfig(block_size, vocab_size, n_layer, C // 64, C, causal)
+    return GPTConfig(block_size, vocab_size, n_layer, C // 64, C)
 
 
 def build_gpt(config, weights):
@@ -541,7 +555,7 @@ def build_gpt(config, weights):
     return model
 
 
-def read_gpt2(path, causal=True):
+def read_gpt2(path):
     """(config, weights by GPT's own names, float32) of a published GPT-2 file. Raises Fault.
 
     The names are already GPT's, but for a prefix in some files; the causal mask is stored among
@@ -556,14 +570,14 @@ def read_gpt2(path, causal=True):
             matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             weights[name] = (t.t() if matrix and t.dim() == 2 else t).float()
     try:
-        config = config_of(weights, causal)
+        config = config_of(weights)
         build_gpt(config, weights)  # for its checks of names and shapes
     except Fault as fault:
         raise Fault(f"{path}: {fault}") from None
     return config, weights
 
 
-def published_gpt2(size, cache_dir, causal=True):
+def published_gpt2(size, cache_dir):
     """(config, weights) of a size in SIZES, downloaded where that has not been done."""
     if size == "gpt2-nano":
         raise Fault("there are no pretrained weights for gpt2-nano: use --weights random")
@@ -571,8 +585,8 @@ def published_gpt2(size, cache_dir, causal=True):
     url = f"{hub}/openai-community/{name}/resolve/main/model.safetensors"
     sha256 = GPT2_SHA256 if size == "gpt2-small" else None  # known for that one alone
     path = download(url, Path(cache_dir) / f"{size}.safetensors", sha256, check=read_gpt2)
-    config, weights = read_gpt2(path, causal)
-    if config != dataclasses.replace(SIZES[size], causal=causal):
+    config, weights = read_gpt2(path)
+    if config != SIZES[size]:
         raise Fault(f"{path} is another GPT-2 than {size}: delete it to download it again")
     return config, weights
 
@@ -592,7 +606,7 @@ def random_weights(config):
 
 
 @torch.no_grad()
-def generate(model, ids, n):
+def generate(model, ids, n, causal=True):
     """Yields n tokens that continue the list `ids`, the likeliest one each time (greedy).
 
     The check that weights and mapping are right: a GPT-2 with one matrix the wrong way round
@@ -601,7 +615,8 @@ def generate(model, ids, n):
     """
     for _ in range(n):
         ids = ids[-model.config.block_size :]
-        example = Example(torch.tensor(ids), read=range(len(ids) - 1, len(ids)))
+        last = range(len(ids) - 1, len(ids))
+        example = Example(torch.tensor(ids), read=last, causal=causal)
         token = int(model(Row.of([example], model.wte.weight.device)).argmax())
         yield token
         ids = [*ids, token]
@@ -647,6 +662,8 @@ def read_table(file, name, kind, header=True):
     kind: .csv, .tsv, .jsonl, .txt, or "uci": .tsv where a quotation mark is just a character.
     Columns without a header are named 0, 1, ... Raises Fault for what is no such table.
     """
+    import pandas as pd
+
     try:
         if kind in (".jsonl", ".txt"):
             rows = read_lines(file, kind)
@@ -684,15 +701,14 @@ def find_column(frame, args, flag, name):
         found = [column for column in frame.columns if same(column) == same(wanted)]
         if len(found) == 1:
             return found[0]
-    there, how = (
-        ", ".join(map(repr, frame.columns)),
-        "by name, or by position if there is no header",
-    )
-    raise Fault(f"{name} has the columns {there}, not {wanted!r}: give --{flag}, {how}")
+    there = f"{name} has the columns {', '.join(map(repr, frame.columns))}, not {wanted!r}"
+    raise Fault(f"{there}: give --{flag}, by name, or by position if there is no header")
 
 
 def read_texts(path, args):
     """A DataFrame of the texts and labels of a file: strings, empty where there is none."""
+    import pandas as pd
+
     # Columns given by position belong to a file with no header.
     header = not (args.text_column.isdigit() and args.label_column.isdigit())
     with open(path, "rb") as file:
@@ -715,6 +731,8 @@ def read_sms(path):
     """The UCI file, or the zip it comes in, of which only the one member that is wanted is read,
     as a stream. The file has no header, and a quotation mark in it is just a character (by the
     rules of CSV, two of the 5,574 messages would be swallowed by others)."""
+    import pandas as pd
+
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb"))
@@ -734,6 +752,8 @@ def read_sms(path):
 def read_imdb(path):
     """The 50,000 labelled reviews of the tar file, read as a stream; nothing goes to the disk.
     Their own halves for training and test; a tenth of the first becomes validation."""
+    import pandas as pd
+
     wanted = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
     rows, progress = [], Progress("reading reviews", 50_000)
     try:
@@ -763,6 +783,8 @@ def read_stdlib(count=1200):
     """Real texts that lie on every machine with Python: lines of code, and the first paragraphs
     of docstrings, from the standard library's own modules. 15 to 200 characters, no repeats,
     `count` of each; ordered by their sha256, so that the file system has no say in it."""
+    import pandas as pd
+
     found = {"code": set(), "prose": set()}
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for path in Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"):
@@ -792,6 +814,8 @@ def is_sms(name):
 
 def read_data(args):
     """What --data names, as a DataFrame: text, label and, where it comes split, part."""
+    import pandas as pd
+
     path, cache = Path(args.data), Path(args.cache_dir)
     if args.data == "imdb":
         return read_imdb(download(IMDB_URL, cache / "aclImdb_v1.tar.gz", IMDB_SHA256))
@@ -825,6 +849,8 @@ def complete(frame):
 def split_data(everything, args):
     """({part: DataFrame}, labels): cleans, balances and splits what read_data gave, and tells of
     it. The labels are those of training, sorted; a label's index is its number. Raises Fault."""
+    import pandas as pd
+
     notes, frame = [], complete(everything)
     if len(frame) < len(everything):
         notes.append(f"{len(everything) - len(frame):,} rows without text or label are left out")
@@ -898,8 +924,6 @@ VOCABULARY = {  # where GPT-2's lies, and the files' sha256
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
     ),
 }
-
-
 TOKENIZERS = ("gpt2", "bytes")
 POSITIONS = ("last", "first", "flexible")
 
@@ -949,15 +973,16 @@ class TextEncoder:
         else:
             read = range(0 if self.average else stop - 1, stop)
         # Under the causal mask no place that is read sees what comes after: leave that out.
-        return Example(torch.tensor(ids[: read.stop] if self.causal else ids), read, label)
+        ids = torch.tensor(ids[: read.stop] if self.causal else ids)
+        return Example(ids, read, label, self.causal)
 
 
 # LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves a matrix W as it
 # is and learns what to add to it, as a product of two thin ones: W x + (alpha / rank) B A x. B
 # begins as zero, so the model begins unchanged; A is random, since if both were zero, neither
-# would ever get a gradient. For W (2304, 768), rank 8 learns 24,576 numbers
-# instead of 1,769,472. Since every block has something that learns, no block's output can be kept:
-# LoRA saves memory and disk, not time.
+# would ever get a gradient. For W (2304, 768), rank 8 learns 24,576 numbers instead of 1,769,472.
+# Since every block has something that learns, no block's output can be kept: LoRA saves memory and
+# disk, not time.
 
 
 class LoRALinear(Linear):
@@ -1105,6 +1130,8 @@ class Metrics:
         """Says accuracy, and for each label: precision (how many of those it was given have it),
         recall (how many of those that have it were given it), F1 (the harmonic mean of the two)
         and its number of texts; then what was taken for what."""
+        import pandas as pd
+
         error = f"standard error {self.standard_error:.2%} on {self.n:,} texts"
         say(name, f"accuracy {self.accuracy:.2%} ({error}), loss {self.loss:.3f}")
         hit, true, found = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
@@ -1259,14 +1286,15 @@ def load_classifier(args):
         fields, settings = dict(info["encoder"]), dict(info["settings"])
         need(base in {None, *SIZES} and all(isinstance(label, str) for label in labels))
         need(fields["position"] in POSITIONS and fields["tokenizer"] in TOKENIZERS)
+        need(isinstance(fields["causal"], bool))
         need(len(labels) == len(tensors["head.weight"]) == len(tensors["head.bias"]))
         fields["tokenizer"] = get_tokenizer(fields["tokenizer"], args.cache_dir)
         encoder = TextEncoder(**fields)
         if base:
-            config, weights = published_gpt2(base, args.cache_dir, encoder.causal)
+            config, weights = published_gpt2(base, args.cache_dir)
         else:
             weights = {name: t for name, t in tensors.items() if name != "head.weight"}
-            config = config_of(weights, encoder.causal)
+            config = config_of(weights)
         need(1 <= encoder.max_length <= config.block_size >= encoder.pad_to >= 0)
         need(encoder.tokenizer.n_vocab <= config.vocab_size)
         rank = 1 if alpha is None else len(tensors["h.0.attn.c_attn.lora_A"])
@@ -1302,6 +1330,8 @@ def predict(args):
 def predict_file(args):
     """--predict_file: the rows of a file, in order, with two columns added, as CSV. In constant
     memory, a thousand rows at a time, each of which is written as soon as it is known."""
+    import pandas as pd
+
     source, output = Path(args.predict_file), args.output
     standard = args.predict_file == "-"
     if output and source.exists() and Path(output).exists() and source.samefile(output):
@@ -1353,7 +1383,7 @@ def trace(args):
     if len(tokens) > encoder.max_length:
         warn(f"note: cut to {encoder.max_length:,} tokens")
     example, n = encoder.example(tokens), min(len(tokens), encoder.max_length)
-    if not encoder.causal or example.read != range(n - 1, n):
+    if not example.causal or example.read != range(n - 1, n):
         raise Fault(
             "only a causal classifier that reads a text's last token has an opinion after each "
             "token: this one sees both ways, or reads the first token, the mean, or a filler"
@@ -1384,9 +1414,7 @@ def evaluate(args):
         for flag in ("data", "text_column", "label_column"):
             setattr(args, flag, str(settings.get(flag)))
     frame, which = read_data(args), "all rows"
-    if fingerprint(frame) == settings.get(
-        "fingerprint"
-    ):  # if this is what it learnt from, not that part
+    if fingerprint(frame) == settings.get("fingerprint"):  # not the texts that it learnt from
         args.balance, args.dedupe = settings.get("balance"), settings.get("dedupe")
         frame, which = split_data(frame, args)[0]["test"], "the test part"
     elif "part" in frame:
@@ -1417,6 +1445,8 @@ def evaluate(args):
 # second seed gives another figure. So a result comes with its standard error, with a standard
 # deviation over --seeds, and beside what can be had without a GPT: guessing the commonest label,
 # and a bag of words, which on the article's own data gets 95.7% where its main recipe gets 95.00%.
+#
+# First where a run begins (weights, and what an interrupted one has done), then the run itself.
 
 
 def check_memory(config, args):
@@ -1435,16 +1465,16 @@ def check_memory(config, args):
 
 def starting_point(args):
     """(config, weights) to begin with; weights is None where each seed draws its own."""
-    causal, size = not args.disable_causal_mask, args.model_size
+    size = args.model_size
     if args.weights == "pretrained":
         if args.tokenizer != "gpt2":
             raise Fault("pretrained weights know GPT-2's tokens only: use --tokenizer gpt2")
         check_memory(SIZES[size], args)
-        return published_gpt2(size, args.cache_dir, causal)
+        return published_gpt2(size, args.cache_dir)
     vocabulary = get_tokenizer(args.tokenizer, args.cache_dir).n_vocab
-    config, weights = dataclasses.replace(SIZES[size], vocab_size=vocabulary, causal=causal), None
+    config, weights = dataclasses.replace(SIZES[size], vocab_size=vocabulary), None
     if args.weights != "random":
-        config, weights = read_gpt2(args.weights, causal)
+        config, weights = read_gpt2(args.weights)
     if vocabulary > config.vocab_size:
         known = f"{args.weights} knows {config.vocab_size:,} tokens"
         raise Fault(f"{known}, --tokenizer {args.tokenizer} has {vocabulary:,}")
@@ -1460,7 +1490,7 @@ def speak(args):
     tokenizer = get_tokenizer(args.tokenizer, args.cache_dir)
     if not (ids := tokenizer.encode_ordinary(args.generate)):
         raise Fault("--generate needs a text to go on from")
-    new = generate(model, ids, args.max_new_tokens)
+    new = generate(model, ids, args.max_new_tokens, not args.disable_causal_mask)
     ids += itertools.takewhile(lambda token: token != tokenizer.eot_token, new)
     print("\n".join(map(printable, tokenizer.decode(ids).split("\n"))))
 
@@ -1541,7 +1571,8 @@ def make_encoder(config, args, texts):
         raise Fault(f"this model reads {config.block_size} tokens: {flags}")
     # With fillers all texts have one length: what is longer is cut, as in the article's code.
     limit, position = min(limit, pad_to or limit), args.trainable_token_pos
-    return TextEncoder(tokenizer, limit, pad_to, position, args.average_embeddings, config.causal)
+    average, causal = args.average_embeddings, not args.disable_causal_mask
+    return TextEncoder(tokenizer, limit, pad_to, position, average, causal)
 
 
 def fit(model, optimizer, examples, journal, args):
@@ -1551,6 +1582,8 @@ def fit(model, optimizer, examples, journal, args):
     learns its texts by heart. All epochs are run all the same, and the last one is kept, as in
     the article: among five epochs, 149 validation texts would mostly choose by chance.
     """
+    import pandas as pd
+
     generator, n = torch.Generator().manual_seed(journal.seed), len(examples["train"])
     # All at once, so that a resumed run gets the orders that it would have had.
     orders = [torch.randperm(n, generator=generator) for _ in range(args.num_epochs)]
@@ -1578,6 +1611,7 @@ def fit(model, optimizer, examples, journal, args):
 def plot(path, history):
     """Loss and accuracy against epochs (means over the seeds), examples seen on a second axis."""
     import matplotlib
+    import pandas as pd
 
     matplotlib.use("Agg")
     table = pd.DataFrame(history).groupby("epoch").mean()
@@ -1723,6 +1757,8 @@ def experiments(rows, argv):
 
     Each row that is finished is appended to experiments.csv at once. Returns an exit status.
     """
+    import pandas as pd
+
     done, status, path = [], 0, Path("experiments.csv")
     for number in rows:
         what, flags, published = EXPERIMENTS[number]

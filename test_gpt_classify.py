@@ -112,10 +112,10 @@ def reference_logits(w, ids, n_head, causal=True):
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-def every_place(ids):
+def every_place(ids, causal=True):
     """A row of one text in which every token is read for itself."""
     everywhere = torch.arange(len(ids))
-    row = g.Row.of([g.Example(torch.tensor(ids), range(len(ids)))])
+    row = g.Row.of([g.Example(torch.tensor(ids), range(len(ids)), causal=causal)])
     row.read = row.owner = everywhere
     row.labels = torch.arange(len(ids))
     return row
@@ -123,7 +123,7 @@ def every_place(ids):
 
 def tiny_model(tmp_path, config=TINY):
     path = write_checkpoint(tmp_path / "gpt2.safetensors", arrays(config))
-    return g.build_gpt(*g.read_gpt2(path, config.causal))
+    return g.build_gpt(*g.read_gpt2(path))
 
 
 def settings(**changes):
@@ -206,10 +206,10 @@ def command(*argv, **options):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_loaded_model_gives_the_logits_of_a_forward_pass_by_the_book(tmp_path, causal):
     path = write_checkpoint(tmp_path / "gpt2.safetensors", arrays())
-    model = g.build_gpt(*g.read_gpt2(path, causal))
+    model = g.build_gpt(*g.read_gpt2(path))
     ids = torch.randint(0, 257, (40,)).tolist()
     with torch.no_grad():
-        ours = model(every_place(ids))
+        ours = model(every_place(ids, causal))
     torch.testing.assert_close(
         ours.double(), reference_logits(arrays(), ids, 2, causal), atol=1e-4, rtol=0
     )
@@ -269,16 +269,16 @@ def test_every_published_size_has_the_published_shape(size, blocks, width, heads
     )
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.h[0].attn.c_attn.weight.shape == (3 * width, width)
-    assert g.config_of(model.state_dict(), causal=True) == g.SIZES[size]
+    assert g.config_of(model.state_dict()) == g.SIZES[size]
 
 
 def test_a_causal_model_cannot_see_the_future_and_without_the_mask_it_can(tmp_path):
     ids = torch.randint(0, 257, (20,)).tolist()
     changed = [*ids[:-1], (ids[-1] + 1) % 257]
+    model = tiny_model(tmp_path)
     for causal in (True, False):
-        model = tiny_model(tmp_path, g.dataclasses.replace(TINY, causal=causal))
         with torch.no_grad():
-            before, after = model(every_place(ids)), model(every_place(changed))
+            before, after = (model(every_place(text, causal)) for text in (ids, changed))
         same = torch.allclose(before[:-1], after[:-1], atol=1e-6)
         assert same == causal
         assert not torch.allclose(before[-1], after[-1], atol=1e-3)
@@ -286,8 +286,8 @@ def test_a_causal_model_cannot_see_the_future_and_without_the_mask_it_can(tmp_pa
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_texts_in_one_row_do_not_see_each_other(tmp_path, causal):
-    model = tiny_model(tmp_path, g.dataclasses.replace(TINY, causal=causal))
-    texts = random_texts(12)
+    model = tiny_model(tmp_path)
+    texts = [g.dataclasses.replace(text, causal=causal) for text in random_texts(12)]
     with torch.no_grad():
         alone = torch.cat([model(g.Row.of([text])) for text in texts])
         together = model(g.Row.of(texts))
@@ -396,8 +396,8 @@ def test_leaving_out_what_cannot_be_seen_changes_nothing(tmp_path):
     model = tiny_model(tmp_path)
     for how in ({"position": "first"}, {"pad_to": 20, "position": "flexible"}):
         short, (tokens,) = encoder(**how), encoder().tokens(["some text"])
-        full = g.dataclasses.replace(short, causal=False).example(tokens)
-        cut = short.example(tokens)
+        whole = g.dataclasses.replace(short, causal=False).example(tokens)
+        full, cut = g.dataclasses.replace(whole, causal=True), short.example(tokens)
         assert len(cut.ids) < len(full.ids)
         with torch.no_grad():
             a, b = model(g.Row.of([cut])), model(g.Row.of([full]))
@@ -1426,6 +1426,9 @@ UNSOUND = {
     "a name twice": safetensors(
         f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry(place=(8, 16)))}}}'.encode(),
         bytes(16),
+    ),
+    "a name twice, at one place": safetensors(
+        f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}'.encode(), bytes(8)
     ),
     "no description": safetensors({"a": 3}),
     "an unknown type": safetensors({"a": entry(dtype="F33")}, bytes(8)),
