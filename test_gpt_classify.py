@@ -220,8 +220,8 @@ def run(here, capsys):
     return run
 
 
-TRAIN = "--train --data texts.csv --weights gpt2.safetensors --learning_rate 1e-3".split()
-TRAIN += HERE
+TRAIN = ["--train", "--data", "texts.csv", "--weights", "gpt2.safetensors"]
+TRAIN += ["--learning_rate", "1e-3", *HERE]
 
 
 @pytest.fixture
@@ -509,12 +509,12 @@ def test_a_batch_in_many_rows_has_the_gradient_of_the_batch_in_one(tmp_path, mon
 def test_the_learning_rate_falls_to_zero_over_the_run_or_is_constant(tmp_path):
     model, texts = tiny_classifier(tmp_path), random_texts(8)
     for schedule, expected in (("linear", [1, 3 / 4, 1 / 2, 1 / 4]), ("constant", [1] * 4)):
-        optimizer, rates = torch.optim.SGD(model.trained().values()), []
-        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        optimizer, steps = torch.optim.SGD(model.trained().values()), []
+        optimizer.register_step_pre_hook(lambda o, *_, s=steps: s.append(o.param_groups[0]["lr"]))
         flags = settings(num_epochs=2, learning_rate=1.0, lr_schedule=schedule)
         for epoch in (1, 2):
             g.train_epoch(model, optimizer, texts, 0, epoch, flags)
-        assert rates == pytest.approx(expected)
+        assert steps == pytest.approx(expected)
 
 
 def test_every_text_is_seen_once_an_epoch_in_an_order_that_follows_from_seed_and_epoch(
@@ -1350,8 +1350,8 @@ def test_help_fits_on_two_screens(capsys):
 def test_a_reader_that_goes_away_ends_a_run_silently(trained):
     Path("t.csv").write_text("text\n" + "good\n" * 20_000)
     pipe = f"{sys.executable} {SCRIPT} --predict_file t.csv | head -n 1"
-    shell = {"capture_output": True, "text": True, "check": False}
-    result = subprocess.run(["bash", "-c", f"{pipe}; exit ${{PIPESTATUS[0]}}"], **shell)
+    shell = ["bash", "-c", f"{pipe}; exit ${{PIPESTATUS[0]}}"]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
     expected = (141, '"text","label","probability"\n', "")
     assert (result.returncode, result.stdout, result.stderr) == expected
 
