@@ -7,30 +7,6 @@
 It implements Sebastian Raschka's article "Building A GPT-Style LLM Classifier From Scratch"
 (https://magazine.sebastianraschka.com/p/building-a-gpt-style-llm-classifier): take pretrained
 GPT-2, replace the head that predicts the next token by one that predicts a label, and finetune.
-Four ideas organize the file:
-
-    text ─encode─▶ ids (T,) ─frozen blocks, ONCE─▶ features (T, C) ─trained blocks, head─▶ logits
-
-1. A classifier pools: its head gets the hidden state of one token. Which token that is, and which
-   tokens it can see, is fixed when a text becomes an Example (section 2).
-2. A frozen block gives the same output for the same text in every epoch. So it runs once per text,
-   and training uses the cached output, the features (section 3).
-3. The last block computes only the pooled positions (section 1).
-4. Packing replaces padding: texts lie end to end in one row of tokens, and the attention mask
-   keeps them apart (section 1). So the model works on (T, C), without a batch dimension.
-
-The article's seven questions, its answers, and where the code is. (Accuracy on 300 test messages,
-one run each, so two or three points may be chance: 95% has a 95% interval from 91.9% to 96.9%.)
-
-1. Do all layers need training?  Head alone 72.00%, last block 95.00%, last two blocks 98.33%,
-                                 all layers 96.67% (make_classifier)
-2. Last token or first?          Last 95.00%, first 75.00% (Encoder)
-3. How does BERT compare?        On movie reviews: GPT-2 91.88%, BERT 90.89% (Block, GPT)
-4. Causal mask or none?          With it 95.00%, without it 95.33% (Row.mask)
-5. Does size help?               124M 95.00%, 355M 84.67%, 774M 96.67%, 1,558M 98.33% (SIZES)
-6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (LoRALinear)
-7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (Row)
-
 One message on its way through GPT-2 small:
 
     "You are a winner"           the text
@@ -38,12 +14,36 @@ One message on its way through GPT-2 small:
     wte[ids] + wpe[0, 1, 2, 3]   (4, 768): a vector for each token plus one for its position
     h[0] ... h[11], ln_f         (4, 768): twelve blocks; tokens collect from earlier tokens
     the last vector              (1, 768): pooling; only this token has seen the whole message
-    head                         (1, 2): logits for ham and spam; softmax makes probabilities
-                                 of them, and the loss is -log of the right label's one
+    head                         (1, 2): logits, which are scores for ham and spam; softmax makes
+                                 probabilities of them; the loss is -log of the right label's
 
-Sections 1 to 3 are the lesson: model, classifier, training; `train` in section 7 joins them. The
-rest is files, data and the command line. Shapes in comments: T tokens in a row, N texts in it, Q
-pooled positions, C channels, H heads, K labels. `args` holds the flags of section 9.
+Four ideas organize the file:
+
+1. A classifier pools: its head gets the hidden state of one token. Which token that is, and which
+   tokens it can see, is fixed when a text becomes an Example (section 2).
+2. A frozen block gives the same output for the same text in every epoch. So it runs once per text,
+   and training uses the cached output, the features (section 3).
+3. The head reads one token only, so the last block needs to compute only that token (section 1).
+4. Packing replaces padding: texts lie end to end in one row of tokens, and the attention mask
+   keeps them apart (section 1). So the model works on (T, C), without a batch dimension.
+
+The article's seven questions, its answers, and where the code is. (Accuracy on 300 test messages;
+guessing gets 50%. Each is one run: below about 3.5 points, a difference may well be chance.)
+
+1. Do all layers need training?  Head alone 72.00%, last block 95.00%, last two blocks 98.33%,
+                                 all layers 96.67% (make_classifier)
+2. Pool the last or the first?   Last token 95.00%, first token 75.00% (Encoder)
+3. How does BERT compare?        On movie reviews: GPT-2 91.88%, BERT 90.89% (Block; the file has
+                                 RoBERTa, which is BERT's architecture, trained better)
+4. Causal mask or none?          With it 95.00%, without it 95.33% (Row.mask)
+5. Does size help?               124M 95.00%, 355M 84.67%, 774M 96.67%, 1,558M 98.33% (SIZES; the
+                                 article guesses that its settings do not suit the 355M model)
+6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (LoRALinear)
+7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (Row)
+
+Sections 1 to 4 are the lesson: model, classifier, training, evaluation. `train` in section 7 joins
+them. The rest is files, data and the command line. Shapes in comments: T tokens in a row, N texts
+in it, Q pooled positions, C channels, H heads, K labels. `args` holds the flags of section 9.
 """
 
 import argparse
@@ -64,17 +64,15 @@ import re
 import shlex
 import signal
 import socket
-import statistics
 import sys
-import sysconfig
 import tarfile
 import time
 import zipfile
 from pathlib import Path
 
-# torch's threads wait for each other in a loop, and on a shared machine a waiting thread keeps the
-# core from the one it waits for. So they sleep after a short loop. Beside a busy process, an epoch
-# of --offline took 12 s instead of 20 to 90 s; alone, no longer than before (2 cores, AMD EPYC).
+# torch's threads wait for each other in a busy loop. On a shared machine, such a loop can occupy
+# the core that the other thread needs. So let them sleep after a short loop: beside another busy
+# process, an epoch of --offline took 12 s instead of 20 to 90 s; alone, no longer (2 cores, EPYC).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -98,7 +96,7 @@ spec.loader.exec_module(pd)
 # With <|endoftext|>, which stands between documents, that makes 50,257 tokens.
 #
 # OpenAI published four sizes of one design. Only depth and width differ; a head has 64 channels.
-# A block has 12 C² weights, 4 C² in attention and 8 C² in the MLP: 7.09M in GPT-2 small.
+# A block has 12 C² weights, 4 C² in attention and 8 C² in the MLP: 7.08M in GPT-2 small.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +122,83 @@ SIZES = {
 }
 
 
+class Attention(nn.Module):
+    """Tokens collect information from each other ("Attention Is All You Need", arXiv:1706.03762).
+
+    A token sends out a query. Each token that it sees answers with a key and a value; the better a
+    key fits the query, the more of its value is taken: softmax(q k^T / sqrt(D)) v, with D channels
+    per head. (Sums of D products grow like sqrt(D), and softmax of large numbers picks just one.)
+    Several heads do this side by side, each with its own channels, so they can differ in what they
+    look for.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.n_head = config.n_embd, config.n_head
+        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x, mask, pool=slice(None)):
+        """x (T, C); mask (T, T) bool, whether token i sees token j -> (Q, C): the output at the
+        positions `pool`, by default at all T."""
+        # Only the pooled positions need queries; all tokens need keys and values.
+        q, k, v = self.c_q(x[pool]), self.c_k(x), self.c_v(x)
+        # Divide the channels among the heads: (Q or T, C) -> (1, H, Q or T, D). The 1 is a batch
+        # dimension: without one, torch's fused attention is 7 times slower on a CPU.
+        q, k, v = (t.view(1, len(t), self.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        # The formula, step by step:
+        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)           # (1, H, Q, T)
+        #     scores = scores.masked_fill(~mask[pool], -math.inf)     # softmax makes this 0
+        #     y = scores.softmax(3) @ v                               # (1, H, Q, D)
+        # The fused version computes the same without storing the scores:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[pool])
+        return self.c_proj(y.transpose(1, 2).flatten(2)[0])  # heads side by side again: (Q, C)
+
+
+class MLP(nn.Module):
+    """Works on each token by itself, (T, C) -> (T, C). Without a non-linearity in between, two
+    matrices are no more than one. GELU, x * (share of a normal distribution below x), is a smooth
+    max(x, 0); GPT-2 was trained with an approximation of it by tanh."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = "none" if config.roberta else "tanh"
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    """Attention, then MLP. Each adds its output to x, so gradients reach the first block directly.
+
+    LayerNorm keeps the numbers in range: it brings a token's vector to mean 0 and variance 1, then
+    scales and shifts it: (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias. GPT-2 normalizes the
+    input of attention and MLP; BERT and RoBERTa normalize the sum. These two also use exact GELU
+    and no causal mask.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.roberta = config.roberta
+
+    def forward(self, x, mask, pool=slice(None)):
+        """x (T, C) -> (Q, C). block(x, mask, pool) equals block(x, mask)[pool], with less work."""
+        x = x.to(self.ln_1.weight.dtype)  # a frozen block may be in bfloat16 (section 2)
+        if self.roberta:
+            x = self.ln_1(x[pool] + self.attn(x, mask, pool))
+            return self.ln_2(x + self.mlp(x))
+        x = x[pool] + self.attn(self.ln_1(x), mask, pool)
+        return x + self.mlp(self.ln_2(x))
+
+
 @dataclasses.dataclass
 class Example:
     """One text, ready for the model. Encoder (section 2) makes it."""
 
-    ids: torch.Tensor  # (T,) int64
+    ids: torch.Tensor  # (T,) int64: its tokens
     pool: range  # the positions whose hidden states the head gets; if several, their mean
     label: int = -1
     x: torch.Tensor | None = None  # features, once the frozen blocks have run
@@ -143,8 +213,10 @@ class Example:
 #     pool         ^   ^     ^      the pooled positions: here, the last token of each text
 #
 # Attention is the only place where tokens see each other, so a mask in attention is enough to keep
-# texts apart. A prediction depends on its own text only. (With padding as in the article, also on
-# its amount: see issues 566 and 990 of github.com/rasbt/LLMs-from-scratch.) For the texts above:
+# texts apart. A prediction depends on its own text only. (With the article's padding, it also
+# changes with the number of padding tokens: issues 566 and 990 of
+# github.com/rasbt/LLMs-from-scratch.) The price: attention computes scores between different texts
+# and throws them away, so a row should not be too long (--tokens_per_row). For the texts above:
 #
 #     # . . . . . . . .      mask[i, j]: token i (line) sees token j (column)
 #     # # . . . . . . .
@@ -166,7 +238,7 @@ class Row:
     pos: torch.Tensor  # (T,)
     pool: torch.Tensor  # (Q,)
     labels: torch.Tensor  # (N,)
-    x: torch.Tensor | None  # features: (T, C), or (N, C) if all blocks are frozen
+    x: torch.Tensor | None  # features: (T, C), or (N, C), already pooled, if all blocks are frozen
 
     @classmethod
     def of(cls, examples, device="cpu"):
@@ -190,73 +262,6 @@ class Row:
         return same & (self.pos[:, None] >= self.pos) if causal else same
 
 
-class Attention(nn.Module):
-    """Tokens collect information from each other ("Attention Is All You Need", arXiv:1706.03762).
-
-    A token sends out a query. Each token that it sees answers with a key and a value; the better a
-    key fits the query, the more of its value is taken: softmax(q k^T / sqrt(D)) v, with D channels
-    per head. (Sums of D products grow like sqrt(D), and softmax of large numbers picks just one.)
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        C, self.n_head = config.n_embd, config.n_head
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C) for _ in range(4))
-
-    def forward(self, x, mask, pool=slice(None)):
-        """x (T, C), mask (T, T) -> (Q, C): the output at the positions `pool`, by default all."""
-        # Only the pooled positions need queries; all tokens need keys and values.
-        q, k, v = self.c_q(x[pool]), self.c_k(x), self.c_v(x)
-        # Each head works on its own channels: (Q or T, C) -> (1, H, Q or T, D). The 1 is a batch
-        # dimension: without one, torch's fused attention is 7 times slower on a CPU.
-        q, k, v = (t.view(1, len(t), self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        # The formula, step by step:
-        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)           # (1, H, Q, T)
-        #     scores = scores.masked_fill(~mask[pool], -math.inf)     # softmax makes this 0
-        #     y = scores.softmax(3) @ v                               # (1, H, Q, D)
-        # The fused version computes the same without storing the scores:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[pool])
-        return self.c_proj(y.transpose(1, 2).flatten(2)[0])  # heads side by side again: (Q, C)
-
-
-class MLP(nn.Module):
-    """Works on each token by itself, (T, C) -> (T, C). Without the non-linearity in between, two
-    matrices are no more than one. GPT-2 was trained with the tanh approximation of GELU."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.gelu = "none" if config.roberta else "tanh"
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
-
-
-class Block(nn.Module):
-    """Attention, then MLP. Each adds its output to x, the residual stream.
-
-    LayerNorm brings a token's vector to mean 0 and variance 1, then scales and shifts it:
-    (x - mean(x)) / sqrt(var(x) + 1e-5) * weight + bias. GPT-2 normalizes what attention and MLP
-    get; BERT and RoBERTa normalize the sum. That, exact GELU and no causal mask sets them apart.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.roberta = config.roberta
-
-    def forward(self, x, mask, pool=slice(None)):
-        """x (T, C) -> (Q, C). block(x, mask, pool) equals block(x, mask)[pool], with less work."""
-        x = x.to(self.ln_1.weight.dtype)  # a frozen block may be in bfloat16 (section 2)
-        if self.roberta:
-            x = self.ln_1(x[pool] + self.attn(x, mask, pool))
-            return self.ln_2(x + self.mlp(x))
-        x = x[pool] + self.attn(self.ln_1(x), mask, pool)
-        return x + self.mlp(self.ln_2(x))
-
-
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019) or RoBERTa
     (arXiv:1907.11692). No dropout: the article sets it to 0, too."""
@@ -264,9 +269,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
-        table = nn.Embedding.from_pretrained  # nn.Embedding() would draw random numbers first
-        self.wte = table(torch.empty(config.vocab_size, C), freeze=False)  # which token it is
-        self.wpe = table(torch.empty(config.block_size, C), freeze=False)  # where it stands
+        self.wte = nn.Embedding(config.vocab_size, C)  # word token embedding: which token it is
+        self.wpe = nn.Embedding(config.block_size, C)  # word position embedding: where it stands
         self.ln_e = nn.LayerNorm(C) if config.roberta else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.roberta else nn.LayerNorm(C)
@@ -287,27 +291,32 @@ class GPT(nn.Module):
             x = block(x, mask)
         return self.ln_f(x.float())
 
-    # The fast way gives the same numbers. It can stop after the frozen blocks, for their output to
-    # be cached, and the last block computes only the pooled positions: with one token in thirty
-    # pooled, a fifth of the work.
+    # The fast way gives the same numbers. It can stop after the frozen blocks, so that their output
+    # can be stored. And its last block computes only the pooled positions: if one token in thirty
+    # is pooled, that is a fifth of the work.
 
     def run_blocks(self, x, row, start, stop):
-        """x (T, C) before block `start` -> x before block `stop`; after the last one, (N, C)."""
+        """x (T, C) -> x (T, C), from before block `start` to before block `stop`. The last block
+        ends with pooling: (N, C). If start == stop, x stays as it is."""
         mask = row.mask(self.config.causal)
         for block in self.h[start:stop]:
             if block is not self.h[-1]:
                 x = block(x, mask)
-            else:  # (Q, C), then the mean over the pooled positions of each text: (N, C)
-                x = self.ln_f(block(x, mask, row.pool).float())
-                owner = row.text[row.pool]  # (Q,) which text a pooled position belongs to
+            else:
+                x = self.ln_f(block(x, mask, row.pool).float())  # (Q, C)
+                # The mean over the pooled positions of each text. In the drawing, the pooled
+                # positions 3, 5 and 8 belong to the texts 0, 1 and 2.
+                owner = row.text[row.pool]  # (Q,)
                 total = x.new_zeros(len(row.labels), x.shape[1]).index_add(0, owner, x)
                 x = total / torch.bincount(owner)[:, None]
         return x
 
     def forward(self, row):
         """Row -> logits (N, K); before section 2 replaces the head, (N, vocab_size)."""
-        x, start = (self.embed(row), 0) if row.x is None else (row.x, self.n_frozen)
-        x = self.run_blocks(x, row, start, self.config.n_layer)
+        if row.x is None:
+            x = self.run_blocks(self.embed(row), row, 0, self.config.n_layer)
+        else:  # the frozen blocks have run
+            x = self.run_blocks(row.x, row, self.n_frozen, self.config.n_layer)
         return x @ self.wte.weight.T if self.head is None else self.head(x)
 
 
@@ -315,7 +324,8 @@ class GPT(nn.Module):
 # 2. From language model to classifier
 #
 # First, pooling. GPT-2's mask is causal, so only the last token has seen the whole text. The first
-# has seen nothing but itself. With --pad_to 6, "You are a winner" becomes
+# has seen only itself: the article's 75.00% comes from first words. With --pad_to 6, "You are a
+# winner" becomes
 #
 #     You  are  a  winner  <|endoftext|>  <|endoftext|>
 #
@@ -329,7 +339,8 @@ class GPT(nn.Module):
 
 
 class Encoder:
-    """Turns texts into Examples. No later code looks at the flags that concern tokens.
+    """Turns texts into Examples. After that, no code needs to know how texts are cut, padded or
+    pooled.
 
     `tokenizer` is a tiktoken.Encoding, `table` maps its ids to RoBERTa's (or is None), `texts` are
     those of training, for --pad_to longest. Raises Fault if a flag asks for too many tokens.
@@ -339,8 +350,8 @@ class Encoder:
         self.tokenizer, self.table, self.causal = tokenizer, table, config.causal
         self.position = args.trainable_token_pos or ("first" if config.roberta else "last")
         self.start, self.end, self.padding = [], [], tokenizer.eot_token
-        if config.roberta:  # it reads <s> text </s>, and has its own padding token
-            self.start, self.end, self.padding = [0], [2], 1
+        if config.roberta:
+            self.start, self.end, self.padding = [0], [2], 1  # <s> text </s>, and <pad>
         self.max_length, self.pad_to = args.max_length or config.block_size, args.pad_to
         if args.pad_to == "longest":
             self.pad_to = min(self.max_length, max(map(len, self.tokens(texts))))
@@ -380,8 +391,8 @@ class Encoder:
         return Example(torch.tensor(ids[: pool.stop] if self.causal else ids), pool, label)
 
 
-# LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) keeps a matrix W and
-# trains what is added to it, as the product of two small matrices of rank r:
+# LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves a matrix W as it
+# is. It adds to it a trained matrix of rank r, which is the product of two small ones:
 #
 #     y = W x + b + (alpha / r) B A x        W (out, in) frozen; A (r, in) and B (out, r) trained
 #
@@ -402,15 +413,16 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-# How many of the last blocks are trained, and ln_f with them. The head always is.
+# --trainable_layers: how many of the last blocks are trained, with ln_f if there are any (None: not
+# a matter of blocks). The head is always trained.
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "all": None, "lora": None}
 
 
 def make_classifier(model, n_labels, args):
     """Gives a GPT a head for n_labels, freezes what is not trained, moves it to args.device.
 
-    The new head is random, so the loss starts near ln K: 0.69 for two labels. Frozen blocks help
-    although they never saw a label: training the head alone gives the article 72.00%. Raises Fault.
+    The new head is random, and so are its first answers. Frozen blocks help although they never
+    saw a label: training the head alone gives the article 72.00%. Raises Fault.
     """
     n_layer, C = model.config.n_layer, model.config.n_embd
     model.head = nn.Linear(C, n_labels)
@@ -423,14 +435,15 @@ def make_classifier(model, n_labels, args):
     if args.trainable_layers == "lora":
         if args.lora_rank > C:
             raise Fault(f"--lora_rank {args.lora_rank} exceeds the model's width, {C}")
-        for module in [module for block in model.h for module in (block.attn, block.mlp)]:
-            for name, linear in list(module.named_children()):
-                setattr(module, name, LoRALinear(linear, args.lora_rank, args.lora_alpha))
-    for p in model.trained().values():  # they may be mapped from a file (section 5): train a copy
+        for module in list(model.modules()):
+            if isinstance(module, (Attention, MLP)):
+                for name, linear in list(module.named_children()):
+                    setattr(module, name, LoRALinear(linear, args.lora_rank, args.lora_alpha))
+    for p in model.trained().values():  # they may be views of a file (section 5): train a copy
         p.data = p.data.clone(memory_format=torch.contiguous_format)
     # bfloat16 has 8 bits of precision. That is enough to compute with, and faster on processors
-    # that have instructions for it. What is trained stays in float32: next to a weight, an update
-    # is so small that rounding to 8 bits would lose it.
+    # that have instructions for it. Trained weights stay in float32: a step changes a weight by
+    # less than 8 bits can show, so rounding would undo it.
     if args.dtype == "bfloat16":
         model.h[: model.n_frozen].bfloat16()  # once; autocast would do it again for every row
         if args.device == "cuda":  # there, trained blocks multiply in bfloat16, too
@@ -441,45 +454,26 @@ def make_classifier(model, n_labels, args):
 # ------------------------------------------------------------------------------------------------
 # 3. Training
 #
-# First, how a run talks: results on standard output, everything else on standard error.
-
-
-class Fault(Exception):
-    """An error that the user can fix. main() prints it in one line and exits with status 2."""
-
-
-def printable(text):
-    """One line that is safe on a terminal: control characters (escape sequences, line ends, changes
-    of the writing direction) are shown as in Python source."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def process():
-    """(rank, world size): the number of this process, and how many there are. (0, 1) unless
-    torchrun started several, which share the work: text i is for process i % world."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def say(name, *lines):
-    """Prints lines of the report. Of several processes, only the first one does."""
-    for line in lines if process()[0] == 0 else ():
-        print(f"{name:<9} {printable(line)}".rstrip(), flush=True)
-        name = ""
-
-
-def progress(things, what):
-    """Yields the items of a list, and shows on a terminal how much is done and the time left."""
-    start, visible = time.perf_counter(), sys.stderr.isatty() and process()[0] == 0
-    for done, thing in enumerate(things, 1):
-        yield thing
-        if visible:
-            left = (time.perf_counter() - start) / done * (len(things) - done)
-            line = f"{what}  {done / len(things):4.0%}  {left:,.0f} s left" if left else ""
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+# In short, without files, messages and accidents, `train` (section 7) does this:
+#
+#     model = make_classifier(build(config, weights), len(labels), args)
+#     cache_features(model, train_examples + validation_examples + test_examples, args)
+#     optimizer = torch.optim.AdamW(model.trained().values(), lr=5e-5, weight_decay=0.1)
+#     for epoch in 1, 2, 3, 4, 5:
+#         train_epoch(model, optimizer, train_examples, seed, epoch, args)
+#     report("test", probabilities(model, test_examples, args), test_labels, labels)
+#
+# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides gradients by their usual
+# size. So a step moves each weight by about the learning rate. That is small, 5e-5, since GPT-2 is
+# to keep most of what it knows. Decoupled: weight decay does not go through that division.
+#
+# torchrun can start several processes, which share the texts: in `rank, world = process()`, world
+# is their number, and rank is which of them this is. For a single process, that is (0, 1).
 
 
 def pack(examples, budget):
-    """Splits a list of Examples, in order, into groups of at most `budget` tokens, or one text."""
+    """Yields the list of Examples in groups, in order. A group has at most `budget` tokens; a
+    longer text is a group of its own."""
     group, size = [], 0
     for example in examples:
         if group and size + len(example.ids) > budget:
@@ -500,9 +494,12 @@ def pack(examples, budget):
 def cache_features(model, examples, args):
     """Stores the frozen blocks' output in each Example: x (T, C), or (1, C) if all are frozen. Not
     with --no_feature_cache, and not if it takes more than half of the free memory."""
-    n, n_layer, free = model.n_frozen, model.config.n_layer, math.inf
+    n, n_layer = model.n_frozen, model.config.n_layer
+    for example in examples:
+        example.x = None  # another seed's random weights may have left features here
     if n == 0 or args.no_feature_cache:
         return
+    free = math.inf
     if args.device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 1e9
     elif Path("/proc/meminfo").exists():
@@ -523,14 +520,6 @@ def cache_features(model, examples, args):
     say("frozen", f"{n} of {n_layer} blocks, once for all {texts}   {seconds:.1f} s")
 
 
-def add_up(t):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        t = t.cuda() if dist.get_backend() == "nccl" else t
-        dist.all_reduce(t)
-    return t
-
-
 def train_epoch(model, optimizer, examples, seed, epoch, args):
     """One pass over the training Examples. Returns their mean (loss, accuracy), measured on each
     text just before the model learns from it. Raises Fault if the loss is not finite."""
@@ -539,11 +528,11 @@ def train_epoch(model, optimizer, examples, seed, epoch, args):
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     total = torch.zeros(2, device=args.device)  # sum of the losses, number of right answers
     for i, batch in enumerate(progress(batches, f"epoch {epoch}/{args.num_epochs}")):
-        # The learning rate falls linearly to 0 over the run, so that training settles: a constant
-        # rate leaves the result to the last few batches. It follows from the number of the step,
-        # so a resumed run continues exactly.
-        run = (epoch - 1 + i / len(batches)) / args.num_epochs  # how much of the run is done
-        factor = 1 - run if args.lr_schedule == "linear" else 1
+        # The learning rate falls linearly to 0 over the run, so that training settles: with a
+        # constant rate, the last few batches decide the result. The rate follows from the number
+        # of the step, so a resumed run continues exactly.
+        progress_made = (epoch - 1 + i / len(batches)) / args.num_epochs  # from 0 to 1
+        factor = 1 - progress_made if args.lr_schedule == "linear" else 1
         optimizer.param_groups[0]["lr"] = args.learning_rate * factor
         optimizer.zero_grad()
         # If a batch were one row, this would do:
@@ -571,12 +560,12 @@ def train_epoch(model, optimizer, examples, seed, epoch, args):
 @torch.no_grad()
 def probabilities(model, examples, args):
     """A list of N Examples -> (N, K) float32 on the CPU: the probability of each label."""
-    (rank, world), found = process(), torch.zeros(len(examples), model.head.out_features)
-    groups, done = list(pack(examples[rank::world], args.tokens_per_row)), rank
-    for group in progress(groups, "predicting"):
-        stop = done + world * len(group)
-        found[done:stop:world] = model(Row.of(group, args.device)).float().softmax(1).cpu()
-        done = stop
+    rank, world = process()
+    found = torch.zeros(len(examples), model.head.out_features)
+    mine = [found[:0]]
+    for group in progress(list(pack(examples[rank::world], args.tokens_per_row)), "predicting"):
+        mine.append(model(Row.of(group, args.device)).float().softmax(1).cpu())
+    found[rank::world] = torch.cat(mine)  # every world-th text; the others' are 0 here
     return add_up(found).cpu()
 
 
@@ -584,7 +573,7 @@ def probabilities(model, examples, args):
 # 4. Evaluation
 #
 # A result needs its uncertainty, and something to compare it with. A bag of words is hard to beat
-# where single words give the label away ("prize", "claim"): it learns a word from a few texts.
+# where single words give the label away ("prize", "claim"): a few texts are enough to learn that.
 
 
 def score(probs, true):
@@ -602,9 +591,9 @@ def interval(accuracy, n):
 
 
 def report(name, probs, true, labels):
-    """Prints and returns the accuracy. Prints for each label precision (of the texts that were given
-    it, the share that has it), recall (of the texts that have it, the share that was given it), F1
-    (their harmonic mean), and how many of its texts were classified as what."""
+    """Prints and returns the accuracy. For each label, it prints precision (how many of the texts
+    classified as this label have it), recall (how many of the texts with this label are classified
+    as it), F1 (the harmonic mean of the two), and how its texts were classified."""
     loss, accuracy = score(probs, true)
     pairs = torch.bincount(true * len(labels) + probs.argmax(1), minlength=len(labels) ** 2)
     confusion = pairs.view(len(labels), -1)
@@ -624,11 +613,13 @@ def report(name, probs, true, labels):
 
 
 def baselines(texts, true, n_labels):
-    """Test accuracy without a GPT, of (the commonest label, a bag of words).
+    """What is possible without a GPT: the test accuracies of (always the commonest label in
+    training, a bag of words), from {part: list of texts} and {part: list of label numbers}.
 
-    {part: list of texts}, {part: list of label numbers}. The bag of words is a logistic regression
-    on which words a text contains, with an L2 penalty of 1e-4. Nothing in it is random.
+    The bag of words is a logistic regression on the set of words in a text, with an L2 penalty of
+    1e-4. Nothing in it is random.
     """
+    # "" is in every text, so its weight is the bias.
     words = {part: [{"", *re.findall(r"\w+", text)} for text in texts[part]] for part in texts}
     number = {word: i for i, word in enumerate(sorted(set().union(*words["train"])))}
     bags, labels = {}, {part: torch.tensor(true[part]) for part in true}
@@ -636,8 +627,8 @@ def baselines(texts, true, n_labels):
         ids = [sorted(number[w] for w in text if w in number) for text in words[part]]
         starts = torch.tensor([0, *map(len, ids)]).cumsum(0)[:-1]
         bags[part] = torch.tensor(list(itertools.chain(*ids))), starts
-    model = nn.EmbeddingBag(len(number), n_labels, mode="sum")  # adds up a text's word weights; ""
-    nn.init.zeros_(model.weight)  # is in every text, so its weight is the bias
+    model = nn.EmbeddingBag(len(number), n_labels, mode="sum")  # adds up the weights of the words
+    nn.init.zeros_(model.weight)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for _ in range(100):
         optimizer.zero_grad()
@@ -658,6 +649,7 @@ def baselines(texts, true, n_labels):
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+BEGINNING = b'{"__metadata__": {"gpt_classify": '  # of the header of a file of this tool
 
 
 @contextlib.contextmanager
@@ -665,7 +657,7 @@ def blame(what):
     """Turns any error in its body into a Fault that says `what` is wrong, with the reason."""
     try:
         yield
-    except Fault:
+    except (Fault, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -674,7 +666,7 @@ def blame(what):
 
 def read_safetensors(path):
     """A safetensors file -> ({name: tensor}, {str: str} metadata). Raises Fault."""
-    with blame(f"{path} is not a complete safetensors file"), open(path, "rb") as file:
+    with open(path, "rb") as file, blame(f"{path} is not a complete safetensors file"):
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         start = 8 + int.from_bytes(data[:8], "little")
         header, tensors = json.loads(bytes(data[8:start])), {}
@@ -711,7 +703,7 @@ def write_safetensors(path, tensors, info):
         entry = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
         header[name] = entry
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-len(head) % 8)  # the numbers start at a multiple of 8
     with replacing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for t in tensors.values():
@@ -731,8 +723,8 @@ IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 
 
 def download(url, path, sha256, instead):
-    """The path of a file, downloaded if it is not there. torch.hub gives it this name only once it
-    is complete and its sha256 (None: unknown to us) is right. Raises Fault."""
+    """The path of a file, downloaded if it is not there. torch.hub gives it this name only once its
+    sha256 is right (None: we do not know it). Raises Fault."""
     way_out = f"try again, {instead}, or --train --offline, which downloads nothing"
     with blame(f"could not download {url}: {way_out}"):
         if not path.exists():
@@ -820,7 +812,7 @@ def starting_point(args):
         path = download(url, CACHE / f"{size}.safetensors", sha256, "name a file with --weights")
     config, weights = (SIZES[size], None) if path == "random" else read_checkpoint(path)
     if config != SIZES.get(size, config):
-        raise Fault(f"{path} is not {size}: delete it, or leave out --model_size")
+        raise Fault(f"{path} is not {size}: leave out --model_size, or choose other --weights")
     causal = config.causal and not args.disable_causal_mask
     return dataclasses.replace(config, causal=causal), weights
 
@@ -845,7 +837,8 @@ def get_tokenizer(vocab_size):
         return tokenizer, None
     path = CACHE / "roberta-dict.txt"
     download(ROBERTA_URL, path, ROBERTA_SHA256, f"put the file at {path}")
-    # A line has GPT-2's number of a token, and a count. RoBERTa's is the line's, from 0, plus 4.
+    # A line holds GPT-2's number of a token, and a count. The token of the first line has RoBERTa's
+    # number 4, the next one 5, and so on; 0 to 3 are <s>, <pad>, </s> and <unk>.
     words = [line.split()[0] for line in path.read_text().splitlines()]
     return tokenizer, {int(word): i for i, word in enumerate(words, 4) if word.isdigit()}
 
@@ -866,7 +859,7 @@ def read_table(path):
     length take the same memory. Raises Fault."""
     kind = Path(path).suffix.lower()
     if kind not in KINDS:
-        raise Fault(f"{path}: the name must end in {' or '.join(KINDS)}")
+        raise Fault(f"{path} is not a table: its name must end in {' or '.join(KINDS)}")
     what = blame(f"{path} cannot be read as {kind[1:]} in UTF-8")
     with what, open(path, encoding="utf-8-sig", newline="") as file:
         if kind == ".jsonl":
@@ -887,8 +880,9 @@ def read_table(path):
 
 
 def find_column(frame, wanted, flag, path):
-    """The DataFrame's column with that name, in upper or lower case."""
-    found = [name for name in frame if str(name).lower() == wanted.lower()]
+    """The DataFrame's column with that name, if need be in upper or lower case."""
+    same = [name for name in frame if name == wanted]
+    found = same or [name for name in frame if str(name).lower() == wanted.lower()]
     if len(found) != 1:
         there = ", ".join(map(repr, frame))
         raise Fault(f"{path} has the columns {there}, not {wanted!r}: name yours with --{flag}")
@@ -911,7 +905,7 @@ def read_stdlib(count=1200):
     """Texts that are on every machine with Python, from its standard library: assignments ("code")
     and first paragraphs of docstrings ("prose"). 30 to 200 characters, `count` of each."""
     found, documented = {"code": set(), "prose": set()}, (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for path in Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"):
+    for path in Path(os.__file__).parent.glob("[!_]*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
             if isinstance(node, documented):
                 paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
@@ -981,7 +975,7 @@ def split_data(frame, args):
     given = frame[frame["part"] != "train"] if "part" in frame else frame[:0]
     frame = frame.drop(given.index)
     found = set(frame["label"])
-    labels = sorted(found, key=int if all(map(str.isdecimal, found)) else str)
+    labels = sorted(sorted(found), key=int if all(map(str.isdecimal, found)) else str)
     if len(labels) < 2:
         raise Fault(f"{args.data} needs at least two labels, not {labels}: see --label_column")
     if args.balance:  # drawn as in the article
@@ -991,12 +985,14 @@ def split_data(frame, args):
     if "part" not in frame:  # shuffle; then 70% train, 10% validation, 20% test
         frame, n = frame.sample(frac=1, random_state=123), len(frame)
         if is_sms(args.data):  # as in the article
-            place, train = pd.Series(range(1, n + 1), frame.index), int(n * 0.7)
-            bounds = [0, train, train + int(n * 0.1), n]
+            place = pd.Series(range(1, n + 1), frame.index)
+            train, validation = int(n * 0.7), int(n * 0.7) + int(n * 0.1)
         else:  # stratified: label by label
             groups = frame.groupby("label")["label"]
-            place, bounds = (groups.cumcount() + 0.5) / groups.transform("size"), [0, 0.7, 0.8, 1]
-        frame = frame.assign(part=pd.cut(place, bounds, labels=list(PARTS)).astype(str))
+            place = (groups.cumcount() + 0.5) / groups.transform("size")
+            train, validation = 0.7, 0.8
+        part = place.map(lambda p: list(PARTS)[(p > train) + (p > validation)])
+        frame = frame.assign(part=part)
     frame = pd.concat([frame, given])
     parts = {part: frame[frame["part"] == part] for part in PARTS}
     for part, table in parts.items():
@@ -1023,13 +1019,13 @@ def split_data(frame, args):
 #
 # After each epoch, a run saves what it needs to continue: trained weights, AdamW's averages, and
 # its results so far. There is no random state to save, since the order of the texts follows from
-# seed and epoch. So a run may be killed at any moment: --resume leads to the same classifier file,
-# bit for bit.
+# seed and epoch. So a run may be killed at any moment: on the same machine, --resume leads to the
+# same classifier file, bit for bit.
 
 
 def fit(model, optimizer, examples, seed, done, args):
-    """The epochs of one seed, from done["epoch"] on. The last one counts, as in the article: to
-    choose one of five epochs by 149 validation texts would be to choose by chance."""
+    """The epochs of one seed, from done["epoch"] on. The result is that of the last one, as in the
+    article: with 149 validation texts, the best of five epochs would be the luckiest one."""
     true, first = torch.tensor([e.label for e in examples["validation"]]), process()[0] == 0
     for epoch in range(done["epoch"] + 1, args.num_epochs + 1):
         start = time.perf_counter()
@@ -1104,6 +1100,8 @@ def train(args):
                     raise Fault(f"the unfinished run had --{flag} {before}, not {now}")
             seed = args.seed[len(done["accuracies"])]
             say("resumed", f"after epoch {done['epoch']} of seed {seed}")
+    elif unfinished.exists():
+        say("note", f"{unfinished} will be replaced: --resume would continue that run")
 
     # A seed decides the head, random weights and the order of texts; the split is always the same.
     # So the deviation over seeds shows the chance in training; the 95% interval of an accuracy
@@ -1122,9 +1120,6 @@ def train(args):
         if n == 0 or weights is None:  # features of the same weights serve all seeds
             rank, world = process()
             cache_features(model, [e for part in parts for e in examples[part][rank::world]], args)
-        # AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides gradients by their
-        # usual size, so a step moves each weight by about the learning rate: 5e-5, since GPT-2 is
-        # to keep most of what it knows. Decoupled: weight decay does not go through that division.
         how = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(model.trained().values(), **how)
         if tensors:
@@ -1133,8 +1128,8 @@ def train(args):
             tensors = None
         fit(model, optimizer, examples, seed, done, args)
         probs = probabilities(model, examples["test"], args)  # once: nothing is chosen by it
-        name, test = "test" if len(args.seed) == 1 else f"seed {seed}", torch.tensor(true["test"])
-        done["accuracies"].append(report(name, probs, test, labels))
+        name = "test" if len(args.seed) == 1 else f"seed {seed}"
+        done["accuracies"].append(report(name, probs, torch.tensor(true["test"]), labels))
         done["epoch"] = 0
         if args.classifier and first and seed == args.seed[0]:
             saved = model.trained() if args.weights == "pretrained" else base | model.trained()
@@ -1142,10 +1137,10 @@ def train(args):
             seen = {"training_texts": hashes(texts["train"])}
             write_safetensors(args.classifier, saved | seen, info)
 
-    mean, sd = statistics.mean(done["accuracies"]), math.nan
-    low, high = interval(mean, len(test))
+    accuracies = pd.Series(done["accuracies"])
+    mean, sd = accuracies.mean(), accuracies.std()  # sd of a single one: nan
+    low, high = interval(mean, len(true["test"]))
     if len(args.seed) > 1:
-        sd = statistics.stdev(done["accuracies"])
         around = f"standard deviation {sd:.2%} over the seeds, 95% interval {low:.1%} to {high:.1%}"
         say("test", f"mean accuracy {mean:.2%} ({around})")
     best, name = max((bag, "bag of words"), (commonest, "commonest label"))
@@ -1158,7 +1153,7 @@ def train(args):
         unfinished.unlink()
         size = f"{os.path.getsize(args.classifier) / 1e6:,.1f} MB"
         say("saved", f"{args.classifier} (seed {args.seed[0]}, {size}), {seconds:.0f} s in all")
-        flags = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip()]
+        flags = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip(" -")]
         say("try", f"python {os.path.relpath(__file__)} {shlex.join(flags)}")
     row = {"trained": some, "test": mean, "sd": sd, "low": low, "high": high}
     return row | {"bag_of_words": bag, "seeds": len(args.seed), "seconds": round(seconds, 1)}
@@ -1196,11 +1191,9 @@ EXPERIMENTS = [line.split("|") for line in EXPERIMENTS.strip().split("\n")]
 
 
 def experiments(args, argv):
-    """--experiment: runs rows of that table; flags in argv win over a row's. Each finished row goes
-    to experiments.csv at once. Returns the exit status."""
-    rows, status, path = [], 0, Path("experiments.csv")
-    if path.exists() and not path.read_bytes().startswith(b"row,what,article,"):
-        raise Fault(f"{path} is not a table of this tool, and rows would be added: move it")
+    """--experiment: runs rows of that table; flags in argv win over a row's. Prints a table of the
+    results. Returns the exit status."""
+    rows, status = [], 0
     for number in args.experiment:
         accuracy, what, flags = map(str.strip, EXPERIMENTS[number - 1])
         say("row", f"{number}: {what} ({ARTICLE} {flags})")
@@ -1210,13 +1203,9 @@ def experiments(args, argv):
         except (Fault, torch.OutOfMemoryError) as fault:  # the other rows can still run
             print(f"error: row {number}: {printable(fault)}", file=sys.stderr)
             status = 2
-            continue
-        if process()[0] == 0:
-            pd.DataFrame(rows[-1:]).to_csv(path, mode="a", header=not path.exists(), index=False)
     if rows:
         table = pd.DataFrame(rows).to_string(index=False, na_rep="-", float_format="{:.4f}".format)
-        say("table", f"test accuracy, sd over seeds, 95% interval (low, high); added to {path}")
-        say("", *table.split("\n"))
+        say("table", "test accuracy, sd over seeds, 95% interval (low, high)", *table.split("\n"))
     return status
 
 
@@ -1368,20 +1357,64 @@ def generate(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The command line
+# 9. Messages and the command line
+#
+# A run talks like this: results go to standard output, everything else to standard error.
+
+
+class Fault(Exception):
+    """An error that the user can fix. main() prints it in one line and exits with status 2."""
+
+
+def printable(text):
+    """One line that is safe on a terminal: control characters (escape sequences, line ends, changes
+    of the writing direction) are shown as in Python source."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def process():
+    """(rank, world size): the number of this process, and how many there are. (0, 1) unless
+    torchrun started several, which share the work: text i is for process i % world."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(name, *lines):
+    """Prints lines of the report. Of several processes, only the first one does."""
+    for line in lines if process()[0] == 0 else ():
+        print(f"{name:<9} {printable(line)}".rstrip(), flush=True)
+        name = ""
+
+
+def progress(things, what):
+    """Yields the items of a list, and shows on a terminal how much is done and the time left."""
+    start, visible = time.perf_counter(), sys.stderr.isatty() and process()[0] == 0
+    for done, thing in enumerate(things, 1):
+        yield thing
+        if visible:
+            left = (time.perf_counter() - start) / done * (len(things) - done)
+            line = f"{what}  {done / len(things):4.0%}  {left:,.0f} s left" if left else ""
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def add_up(t):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        t = t.cuda() if dist.get_backend() == "nccl" else t
+        dist.all_reduce(t)
+    return t
+
 
 ACTIONS = (train, predict, predict_file, trace, evaluate, generate)
 # Flags without effect on the result of training: a run may be resumed with others of these.
 NO_EFFECT = {action.__name__ for action in ACTIONS} | {"max_new_tokens", "experiment", "offline"}
 NO_EFFECT |= {"resume", "log", "plot", "classifier"}
-CLASSIFIER = "classifier.safetensors"
 OFFLINE = "--data stdlib --model_size gpt2-nano --trainable_layers all --trainable_token_pos mean"
 OFFLINE += " --learning_rate 1e-3 --num_epochs 3"
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         near = difflib.get_close_matches(word, self._option_string_actions, 1)
         raise Fault(message + (f": do you mean {near[0]}?" if near else " (see --help)"))
 
@@ -1440,10 +1473,10 @@ def make_parser():
     add = parser.add_argument_group("running").add_argument
     add("--tokens_per_row", metavar="N", type=int, help="of packed rows (CPU 384, else 2048)")
     add("--no_feature_cache", **switch, help="run the frozen blocks in every epoch")
-    add("--device", help="cuda, mps, cpu (the best there is)")
+    add("--device", choices=("cuda", "mps", "cpu"), help="(the best there is)")
     add("--dtype", choices=("float32", "bfloat16"), help="of frozen blocks (what is faster)")
     add("--max_new_tokens", metavar="N", type=int, default=25, help="of --generate (25)")
-    add("--classifier", metavar="FILE", default=CLASSIFIER, help=f"({CLASSIFIER})")
+    add("--classifier", metavar="FILE", help="(classifier.safetensors)")
     return parser
 
 
@@ -1456,17 +1489,18 @@ def parse(argv):
     for flag in ("offline", "experiment", "resume", "log", "plot"):
         if getattr(args, flag) and not args.train:
             raise Fault(f"--{flag} goes with --train")
-    if len(args.experiment or ()) > 1:
-        args.classifier = None
-        if args.resume or args.log or args.plot:
-            raise Fault("--resume, --log and --plot go with one row, not with several")
+    if len(args.experiment or ()) < 2:
+        args.classifier = args.classifier or "classifier.safetensors"
+    elif args.classifier or args.resume or args.log or args.plot:
+        raise Fault("several rows save nothing: --classifier, --resume, --log, --plot go with one")
     for flag, value in vars(args).items():
         low = 1 if type(value) is int else 0
         if type(value) in (int, float) and not low <= value < math.inf:
             raise Fault(f"--{flag} {value} is not a number of at least {low}")
     if args.pad_to != "longest":
-        with blame(f"--pad_to {args.pad_to} is neither a number of tokens nor longest"):
-            args.pad_to = int(args.pad_to)
+        if not args.pad_to.isdecimal():
+            raise Fault(f"--pad_to {args.pad_to} is neither a number of tokens nor longest")
+        args.pad_to = int(args.pad_to)
     if args.plot:
         with blame("--plot needs matplotlib (pip install matplotlib) and a name like curves.png"):
             from matplotlib.figure import Figure
@@ -1501,14 +1535,11 @@ def check_outputs(args):
         if path in taken:
             raise Fault(f"{name} is read or written by this run already: choose another name")
         taken.add(path)
-        if there and not path.is_file() or not os.access(path if there else path.parent, os.W_OK):
+        targets = [path.parent, path] if there else [path.parent]
+        if (there and not path.is_file()) or not all(os.access(t, os.W_OK) for t in targets):
             raise Fault(f"{name} cannot be written: choose another name or folder")
-        if name in ours and there:
-            mine = False
-            with contextlib.suppress(Fault):
-                mine = "gpt_classify" in read_safetensors(path)[1]
-            if not mine:
-                raise Fault(f"{name} is not a classifier and is not replaced: choose another name")
+        if name in ours and there and not path.open("rb").read(99)[8:].startswith(BEGINNING):
+            raise Fault(f"{name} is not a classifier and is not replaced: choose another name")
 
 
 def main(argv=None):
@@ -1539,7 +1570,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
     except (Fault, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a mistake of ours
         message = " ".join(str(error).split()) or "out of memory"
         print("error:", printable(message), file=sys.stderr)

@@ -1,6 +1,6 @@
 """What gpt_classify.py promises, a fact a test, in the order of that file. Read it after that file.
 
-    pytest                      everything, in about three minutes on two cores
+    pytest                      everything, in about two minutes on two cores
     pytest -k "row or future"   what the names say
 
 Nothing here needs the network. Tests with `real` in their names need GPT-2's vocabulary, RoBERTa's
@@ -17,8 +17,8 @@ import io
 import json
 import math
 import os
-import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -52,41 +52,33 @@ def needs(*paths):
 # Help for the tests ------------------------------------------------------------------------------
 
 
-def draw_weights(shapes):
-    """{name: random numbers}, LayerNorms around 1, so that GELU is used where it is not straight."""
+def draw_weights(config):
+    """{name in our GPT: random numbers}; matrices are (out, in), LayerNorms around 1."""
     torch.manual_seed(0)
-    ones = ("ln_1.weight", "ln_2.weight", "ln_f.weight", "LayerNorm.weight")
-    return {name: torch.randn(shape) * 0.08 + name.endswith(ones) for name, shape in shapes.items()}
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in g.GPT(config).named_parameters()}
+    ones = [name for name in shapes if "ln_" in name and "weight" in name]
+    return {name: torch.randn(shape) * 0.08 + (name in ones) for name, shape in shapes.items()}
 
 
 def gpt2_file(config=TINY):
-    """{name: tensor} as in a published GPT-2 file: matrices are (in, out)."""
-    V, P, C = config.vocab_size, config.block_size, config.n_embd
-    shapes = {"wte.weight": (V, C), "wpe.weight": (P, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    layer = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
-    layer |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for i in range(config.n_layer):
-        for name, shape in layer.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
-    return draw_weights(shapes)
+    """{name: tensor} as in a published GPT-2 file: matrices are (in, out); q, k and v are one."""
+    w = draw_weights(config)
+    for name in [name for name in w if "c_q" in name]:
+        parts = [w.pop(name.replace("c_q", c)) for c in ("c_q", "c_k", "c_v")]
+        w[name.replace("c_q", "c_attn")] = torch.cat(parts)
+    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: t.T if name.endswith(matrices) else t for name, t in w.items()}
 
 
-def roberta_file(config=TINY_ROBERTA):
-    """{name: tensor} as in a published RoBERTa file: matrices are (out, in)."""
-    V, P, C = config.vocab_size, config.block_size + 2, config.n_embd
-    e, attention = "roberta.embeddings", "attention.self"
-    shapes = {f"{e}.word_embeddings.weight": (V, C), f"{e}.position_embeddings.weight": (P, C)}
-    shapes |= {f"{e}.token_type_embeddings.weight": (1, C), "lm_head.bias": (V,)}
-    shapes |= {f"{e}.LayerNorm.weight": (C,), f"{e}.LayerNorm.bias": (C,)}
-    layer = {f"{attention}.{name}": (C, C) for name in ("query", "key", "value")}
-    layer |= {"attention.output.dense": (C, C), "attention.output.LayerNorm": (C,)}
-    layer |= {"intermediate.dense": (4 * C, C), "output.dense": (C, 4 * C)}
-    layer["output.LayerNorm"] = (C,)
-    for i in range(config.n_layer):
-        for name, shape in layer.items():
-            name = f"roberta.encoder.layer.{i}.{name}"
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return draw_weights(shapes)
+def roberta_file():
+    """{name: tensor} as in a published RoBERTa file: with two more positions, and a token type."""
+    w, names = draw_weights(TINY_ROBERTA), g.ROBERTA_NAMES.split()
+    w["wpe.weight"] = F.pad(w["wpe.weight"], (0, 0, 2, 0), value=7.0)
+    for theirs, ours in zip(names[::2], names[1::2]):
+        w = {re.sub(rf"\b{ours}\.", f"{theirs}.", name): t for name, t in w.items()}
+    w["roberta.embeddings.token_type_embeddings.weight"] = torch.full((1, 128), 0.1)
+    return w | {"lm_head.bias": torch.zeros(257)}
 
 
 def safetensors(header, data=b"", size=None):
@@ -111,54 +103,41 @@ def write_checkpoint(path, tensors):
     return Path(path)
 
 
-def norm(x, w, name):
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-    return (x - mean) / (var + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def attend(q, k, v, causal):
-    """Attention with two heads over one text, by the formula: (T, C) each."""
-    T, C = q.shape
-    q, k, v = (t.reshape(T, 2, -1).permute(1, 0, 2) for t in (q, k, v))
-    scores = q @ k.transpose(1, 2) / math.sqrt(C // 2)
-    if causal:
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-    return (scores.softmax(-1) @ v).permute(1, 0, 2).reshape(T, C)
-
-
-def reference_gpt2(ids, causal=True):
-    """Language model logits (T, V) of one text, from the file, in float64: GPT-2 by the book."""
-    w = {name: t.double() for name, t in gpt2_file().items()}
-    x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
-    for h in ("h.0", "h.1", "h.2"):
-        qkv = norm(x, w, f"{h}.ln_1") @ w[f"{h}.attn.c_attn.weight"] + w[f"{h}.attn.c_attn.bias"]
-        y = attend(*qkv.chunk(3, 1), causal)
-        x = x + y @ w[f"{h}.attn.c_proj.weight"] + w[f"{h}.attn.c_proj.bias"]
-        u = norm(x, w, f"{h}.ln_2") @ w[f"{h}.mlp.c_fc.weight"] + w[f"{h}.mlp.c_fc.bias"]
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        x = x + u @ w[f"{h}.mlp.c_proj.weight"] + w[f"{h}.mlp.c_proj.bias"]
-    return norm(x, w, "ln_f") @ w["wte.weight"].T
-
-
-def reference_roberta(ids):
-    """Hidden states (T, C) of one text, from the file, in float64: RoBERTa by the book."""
-    w = {name.removeprefix("roberta."): t.double() for name, t in roberta_file().items()}
+def by_the_book(ids, roberta=False, causal=True):
+    """Hidden states (T, C) of one text, formula by formula, in float64."""
+    w = {name: t.double() for name, t in draw_weights(TINY_ROBERTA if roberta else TINY).items()}
+    T = len(ids)
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"]
-    x = x + w["embeddings.position_embeddings.weight"][2 : 2 + len(ids)]
-    x = norm(x, w, "embeddings.LayerNorm")
-    for i in range(3):
-        h = f"encoder.layer.{i}"
-        q, k, v = (linear(x, f"{h}.attention.self.{n}") for n in ("query", "key", "value"))
-        y = linear(attend(q, k, v, causal=False), f"{h}.attention.output.dense")
-        x = norm(x + y, w, f"{h}.attention.output.LayerNorm")
-        u = linear(x, f"{h}.intermediate.dense")
-        u = u * 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-        x = norm(x + linear(u, f"{h}.output.dense"), w, f"{h}.output.LayerNorm")
-    return x
+    def norm(x, name):
+        mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attention(x, name):
+        q, k, v = (linear(x, f"{name}.c_{c}").view(T, 2, 64).transpose(0, 1) for c in "qkv")
+        scores = q @ k.transpose(1, 2) / 8
+        if causal:
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        return linear((scores.softmax(2) @ v).transpose(0, 1).reshape(T, 128), f"{name}.c_proj")
+
+    def mlp(x, name):
+        x = linear(x, f"{name}.c_fc")
+        tanh = torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        gelu = x / 2 * (1 + (torch.erf(x / math.sqrt(2)) if roberta else tanh))
+        return linear(gelu, f"{name}.c_proj")
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][:T]
+    x = norm(x + 0.1, "ln_e") if roberta else x
+    for h in ("h.0", "h.1", "h.2"):
+        if roberta:
+            x = norm(x + attention(x, f"{h}.attn"), f"{h}.ln_1")
+            x = norm(x + mlp(x, f"{h}.mlp"), f"{h}.ln_2")
+        else:
+            x = x + attention(norm(x, f"{h}.ln_1"), f"{h}.attn")
+            x = x + mlp(norm(x, f"{h}.ln_2"), f"{h}.mlp")
+    return x if roberta else norm(x, "ln_f")
 
 
 def example(ids, pool=None, label=-1):
@@ -260,19 +239,17 @@ def command(*argv, **options):
 @pytest.mark.parametrize("causal", [True, False])
 def test_gpt2_gives_the_logits_of_a_forward_pass_by_the_book(tmp_path, causal):
     ids, model = torch.randint(0, 257, (40,)), tiny_model(tmp_path, causal=causal)
-    with torch.no_grad():
-        ours = model.hidden(g.Row.of([example(ids)])) @ model.wte.weight.T
-        last = model(g.Row.of([example(ids)]))[0]
-    expected = reference_gpt2(ids, causal)
-    torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(last.double(), expected[-1], atol=1e-4, rtol=0)
+    row, wte = g.Row.of([example(ids)]), model.wte.weight
+    expected = by_the_book(ids, causal=causal) @ wte.double().T
+    for ours, logits in ((model.hidden(row) @ wte.T, expected), (model(row), expected[-1:])):
+        torch.testing.assert_close(ours.double(), logits, atol=1e-4, rtol=0)
 
 
 def test_roberta_gives_the_hidden_states_of_a_forward_pass_by_the_book_in_a_row_of_many(tmp_path):
     texts = random_texts(6)
     with torch.no_grad():
         ours = tiny_model(tmp_path, roberta=True).hidden(g.Row.of(texts))
-    expected = torch.cat([reference_roberta(e.ids) for e in texts])
+    expected = torch.cat([by_the_book(e.ids, roberta=True, causal=False) for e in texts])
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=0)
 
 
@@ -337,22 +314,16 @@ def test_one_query_per_text_in_the_last_block_changes_no_logit_and_no_gradient(t
         torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
-SHAPES = {  # blocks, width, heads, parameters
-    "gpt2-small": (12, 768, 12, 124_439_808),
-    "gpt2-medium": (24, 1024, 16, 354_823_168),
-    "gpt2-large": (36, 1280, 20, 774_030_080),
-    "gpt2-xl": (48, 1600, 25, 1_557_611_200),
-    "roberta-base": (12, 768, 12, 124_055_040 - 3 * 768),  # wpe holds two positions and a type less
-}
+PARAMETERS = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
+PARAMETERS |= {"gpt2-xl": 1_557_611_200, "roberta-base": 124_055_040 - 3 * 768}  # see roberta_file
 
 
-@pytest.mark.parametrize("size", SHAPES)
-def test_every_published_size_has_the_published_shape(size):
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_every_published_size_has_the_published_number_of_parameters(size):
     with torch.device("meta"):
         model = g.GPT(g.SIZES[size])
-    config, count = model.config, sum(p.numel() for p in model.parameters())
-    assert (config.n_layer, config.n_embd, config.n_head, count) == SHAPES[size]
-    assert g.config_of(model.state_dict()) == config
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[size]
+    assert g.config_of(model.state_dict()) == g.SIZES[size]
 
 
 # 2. From language model to classifier -------------------------------------------------------------
@@ -364,26 +335,27 @@ def encode(text, config=TINY, **flags):
     return encoder.examples([text], [1])[0]
 
 
-@pytest.mark.parametrize(
-    ("pos", "pad_to", "causal", "ids", "pool"),
-    [
-        ("last", 0, True, "abc", range(2, 3)),
-        ("first", 0, True, "a", range(1)),  # it sees nothing else
-        ("first", 0, False, "abc", range(1)),
-        ("flexible", 0, True, "abc", range(2, 3)),
-        ("mean", 0, True, "abc", range(3)),
-        ("last", 5, True, "abc..", range(4, 5)),
-        ("flexible", 5, True, "abc", range(2, 3)),
-        ("flexible", 5, False, "abc..", range(2, 3)),
-        ("mean", 5, True, "abc..", range(5)),
-        ("last", 2, True, "ab", range(1, 2)),
-    ],
-)
-def test_what_the_pooled_position_is_and_what_it_sees(pos, pad_to, causal, ids, pool):
-    config = g.dataclasses.replace(TINY, causal=causal)
-    found = encode("abc", config, trainable_token_pos=pos, pad_to=pad_to)
+POOLED = """
+last 0 causal abc 2 3
+first 0 causal a 0 1
+first 0 - abc 0 1
+flexible 0 causal abc 2 3
+mean 0 causal abc 0 3
+last 5 causal abc.. 4 5
+flexible 5 causal abc 2 3
+flexible 5 - abc.. 2 3
+mean 5 causal abc.. 0 5
+last 2 causal ab 1 2
+"""
+
+
+@pytest.mark.parametrize("line", POOLED.strip().split("\n"))
+def test_what_the_pooled_position_of_abc_is_and_what_it_sees(line):
+    pos, pad_to, causal, ids, start, stop = line.split()
+    config = g.dataclasses.replace(TINY, causal=causal == "causal")
+    found = encode("abc", config, trainable_token_pos=pos, pad_to=int(pad_to))
     assert found.ids.tolist() == [256 if c == "." else ord(c) for c in ids]
-    assert (found.pool, found.label) == (pool, 1)
+    assert (found.pool, found.label) == (range(int(start), int(stop)), 1)
 
 
 def test_roberta_reads_its_own_start_end_and_padding_and_pools_at_the_start():
@@ -392,15 +364,15 @@ def test_roberta_reads_its_own_start_end_and_padding_and_pools_at_the_start():
     assert encode("abcdef", TINY_ROBERTA, max_length=4).ids.tolist() == [0, 97, 98, 2]
 
 
-def test_leaving_out_what_cannot_be_seen_changes_nothing(tmp_path):
-    model, everything = tiny_model(tmp_path), g.dataclasses.replace(TINY, causal=False)
-    for pos in ("first", "flexible"):
-        short = encode("some", trainable_token_pos=pos, pad_to=10)
-        whole = encode("some", everything, trainable_token_pos=pos, pad_to=10)
-        assert len(short.ids) < len(whole.ids)
-        with torch.no_grad():
-            a, b = model(g.Row.of([short])), model(g.Row.of([whole]))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("pos", ["first", "flexible"])
+def test_leaving_out_what_cannot_be_seen_changes_nothing(tmp_path, pos):
+    flags = {"trainable_token_pos": pos, "pad_to": 10}
+    short = encode("some", **flags)
+    whole = encode("some", g.dataclasses.replace(TINY, causal=False), **flags)
+    assert len(short.ids) < len(whole.ids)
+    model = tiny_model(tmp_path)
+    a, b = model(g.Row.of([short])), model(g.Row.of([whole]))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_an_end_of_text_in_a_text_is_ordinary_text():
@@ -413,9 +385,9 @@ def test_very_long_texts_are_cut_before_they_become_real_tokens(monkeypatch):
     flags = argparse.Namespace(max_length=None, pad_to=0, trainable_token_pos=None)
     e = g.Encoder(g.SIZES["gpt2-small"], *g.get_tokenizer(50257), flags)
     for text in ("word " * 2_000_000, " " * 2_000_000, "€" * 2_000_000):
-        (tokens,) = e.tokens([text])
-        assert 1024 < len(tokens) < 400_000
-        assert tokens[:1024] == e.tokenizer.encode_ordinary(text[:200_000])[:1024]
+        (ids,) = e.tokens([text])
+        assert len(ids) < 400_000
+        assert ids[:1024] == e.tokenizer.encode_ordinary(text[:200_000])[:1024]
 
 
 MOVED = {"last_layer": "head", "last_block": r"head|ln_f|h\.2", "all": ""}
@@ -430,13 +402,7 @@ def test_each_choice_of_trainable_layers_moves_exactly_what_it_names(tmp_path, t
     for epoch in (1, 2):  # LoRA's A moves from the second step on, once B is no longer zero
         g.train_epoch(model, optimizer, texts, 0, epoch, settings(learning_rate=1e-2))
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != bool(g.re.match(MOVED[trainable], name)), name
-
-
-def test_training_leaves_the_checkpoint_file_alone(trained, run):
-    before = Path("gpt2.safetensors").read_bytes()
-    assert run(*TRAIN, "--trainable_layers", "all")[0] == 0
-    assert Path("gpt2.safetensors").read_bytes() == before
+        assert torch.equal(p, before[name]) != bool(re.match(MOVED[trainable], name)), name
 
 
 def test_lora_begins_as_the_model_itself_and_can_be_merged_into_it(tmp_path):
@@ -459,20 +425,12 @@ def test_lora_begins_as_the_model_itself_and_can_be_merged_into_it(tmp_path):
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("trainable", ["last_layer", "last_block", "last_two_blocks"])
-def test_frozen_blocks_once_or_in_every_epoch_give_the_same_classifier(
-    trained, run, trainable, pool
-):
+def test_frozen_blocks_once_or_in_every_epoch_is_the_same(trained, run, trainable, pool):
     flags = [*TRAIN, "--trainable_layers", trainable, "--trainable_token_pos", pool]
     assert "once for all 60 texts" in run(*flags)[1]
     expected = tensors_of("classifier.safetensors")
     assert "once for all" not in run(*flags, "--no_feature_cache")[1]
     assert_same(tensors_of("classifier.safetensors"), expected)
-
-
-def test_the_last_layer_keeps_one_vector_per_text(tmp_path):
-    model, texts = tiny_classifier(tmp_path, "last_layer"), random_texts(5)
-    g.cache_features(model, texts, settings())
-    assert [e.x.shape for e in texts] == [(1, 128)] * 5
 
 
 def test_features_that_do_not_fit_are_not_cached_and_a_line_says_so(tmp_path, monkeypatch, capsys):
@@ -517,17 +475,11 @@ def test_the_learning_rate_falls_to_zero_over_the_run_or_is_constant(tmp_path):
         assert steps == pytest.approx(expected)
 
 
-def test_every_text_is_seen_once_an_epoch_in_an_order_that_follows_from_seed_and_epoch(
-    tmp_path, monkeypatch
-):
-    model, texts, seen = tiny_classifier(tmp_path), random_texts(10), []
-    monkeypatch.setattr(g, "pack", lambda batch, budget: seen.extend(batch) or [])
-    for seed, epoch in ((1, 1), (1, 2), (2, 1), (1, 1)):
-        g.train_epoch(model, torch.optim.SGD(model.parameters()), texts, seed, epoch, settings())
-    orders = [[id(e) for e in seen[i : i + 10]] for i in range(0, 40, 10)]
-    assert all(set(order) == {id(e) for e in texts} for order in orders)
-    assert orders[0] == orders[3]
-    assert len({tuple(order) for order in orders}) == 3
+def test_an_epoch_sees_every_text_once(tmp_path):
+    model, texts, flags = tiny_classifier(tmp_path), random_texts(10), settings(learning_rate=0.0)
+    seen = g.train_epoch(model, torch.optim.SGD(model.trained().values()), texts, 0, 1, flags)
+    true = torch.tensor([e.label for e in texts])
+    assert seen == pytest.approx(g.score(g.probabilities(model, texts, flags), true))
 
 
 def test_frozen_blocks_compute_in_bfloat16_and_the_rest_stays_float32(trained, run, here):
@@ -547,13 +499,7 @@ def test_frozen_blocks_compute_in_bfloat16_and_the_rest_stays_float32(trained, r
 # 4. Evaluation ------------------------------------------------------------------------------------
 
 
-def test_an_interval_is_wilsons():
-    assert g.interval(0.95, 300) == pytest.approx((0.9191, 0.9694), abs=1e-4)
-    assert g.interval(0.0, 2) == pytest.approx((0, 0.6576), abs=1e-4)
-    assert g.interval(1.0, 300) == pytest.approx((0.9874, 1), abs=1e-4)
-
-
-def test_the_report_shows_precision_recall_f1_and_what_was_confused(capsys):
+def test_the_report_shows_wilsons_interval_precision_recall_f1_and_what_was_confused(capsys):
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     assert g.report("test", probs, torch.tensor([0, 0, 1, 1]), ["ham", "spam"]) == 0.75
     out = capsys.readouterr().out.split("\n")
@@ -562,6 +508,8 @@ def test_the_report_shows_precision_recall_f1_and_what_was_confused(capsys):
     assert out[0] == f"{expected}, loss {loss:.3f}"
     assert out[2].split() == ["ham", "66.7%", "100.0%", "80.0%", "2", "2", "0"]
     assert out[3].split() == ["spam", "100.0%", "50.0%", "66.7%", "2", "1", "1"]
+    assert g.interval(0.0, 2) == pytest.approx((0, 0.6576), abs=1e-4)
+    assert g.interval(1.0, 300) == pytest.approx((0.9874, 1), abs=1e-4)
 
 
 def test_the_baselines_are_the_commonest_label_and_a_bag_of_words():
@@ -571,15 +519,16 @@ def test_the_baselines_are_the_commonest_label_and_a_bag_of_words():
     assert g.baselines(texts, true, 2) == (0.75, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "rate", "verdict"),
-    [
-        ("{n}{word}", 1e-3, "above the commonest label"),  # a bag of words knows no such word
-        ("{n}same", 1e-3, "not distinguishable from the"),
-        ("{n} {word}", 0, "below the bag of words (100.0%)"),
-    ],
-)
-def test_the_verdict_compares_with_the_best_baseline(run, text, rate, verdict):
+VERDICTS = """
+{n}{word} | 1e-3 | above the commonest label
+{n}same | 1e-3 | not distinguishable from the
+{n} {word} | 0 | below the bag of words (100.0%)
+"""
+
+
+@pytest.mark.parametrize("line", VERDICTS.strip().split("\n"))
+def test_the_verdict_compares_with_the_best_baseline(run, line):
+    text, rate, verdict = line.split(" | ")  # a bag of words knows no word that has a number in it
     write_checkpoint("gpt2.safetensors", gpt2_file())
     draw, rows = random.Random(0), ["text,label"]
     for i in range(200):
@@ -644,17 +593,12 @@ UNSOUND = {
     "empty": b"",
     "short": b"1234567",
     "a header longer than the file": safetensors({}, bytes(8), size=1 << 62),
-    "no JSON": safetensors(b"{nonsense"),
     "a list": safetensors([1, 2]),
     "deep nesting": safetensors(b"[" * 100_000),
     "not UTF-8": safetensors(b"\xff\xfe\xff"),
-    "no description": safetensors({"a": 3}),
     "an unknown type": safetensors({"a": entry(dtype="F33")}, bytes(8)),
-    "a type that is a list": safetensors({"a": entry(dtype=[])}, bytes(8)),
     "a negative size": safetensors({"a": entry(shape=(-2,))}, bytes(8)),
-    "a huge product": safetensors({"a": entry(shape=(400,) * 8)}, bytes(400)),
     "a product that overflows": safetensors({"a": entry(shape=(2**32, 2**32 + 1))}, bytes(8)),
-    "three offsets": safetensors({"a": entry(place=(0, 4, 8))}, bytes(8)),
     "offsets backwards": safetensors({"a": entry(place=(8, 0))}, bytes(8)),
     "past the end": safetensors({"a": entry(place=(0, 8))}, bytes(4)),
     "another size than the shape": safetensors({"a": entry(shape=(3,))}, bytes(8)),
@@ -681,7 +625,7 @@ def test_what_is_written_is_read_again_also_by_the_safetensors_library(here):
 
 
 @contextlib.contextmanager
-def server(body, announced=0, status=200, pause=0, hangs=0):
+def server(body, announced=0, status=200, hangs=0):
     """An HTTP server on 127.0.0.1 with one answer to all. Yields its address, and a list of the
     paths that it is asked for."""
     paths = []
@@ -693,9 +637,7 @@ def server(body, announced=0, status=200, pause=0, hangs=0):
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body) + announced))
                 self.end_headers()
-                for i in range(0, len(body), 300_000):
-                    self.wfile.write(body[i : i + 300_000])
-                    time.sleep(pause)
+                self.wfile.write(body)
                 time.sleep(hangs)
 
         def log_message(self, *args):
@@ -721,9 +663,7 @@ def hub(here, monkeypatch):
     return body
 
 
-def test_published_weights_are_downloaded_once_and_only_what_was_trained_is_saved(
-    run, monkeypatch, hub
-):
+def test_weights_are_downloaded_once_and_only_what_was_trained_is_saved(run, monkeypatch, hub):
     write_texts("texts.csv")
     with server(hub) as (address, paths):
         monkeypatch.setenv("HF_ENDPOINT", address + "/")
@@ -733,7 +673,7 @@ def test_published_weights_are_downloaded_once_and_only_what_was_trained_is_save
     assert paths == ["/openai-community/gpt2/resolve/main/model.safetensors"]
     assert os.listdir(g.CACHE) == ["gpt2-small.safetensors"]
     names = "|".join(tensors_of("classifier.safetensors").keys() - {"training_texts"})
-    assert g.re.fullmatch(r"((head|ln_f|h\.2\.[\w.]+)\.(weight|bias)\|?)+", names)
+    assert re.fullmatch(r"((head|ln_f|h\.2\.[\w.]+)\.(weight|bias)\|?)+", names)
 
 
 def test_roberta_is_trained_saved_and_used_like_gpt2(run, monkeypatch, hub):
@@ -752,9 +692,7 @@ def test_roberta_is_trained_saved_and_used_like_gpt2(run, monkeypatch, hub):
     assert "--trace needs a causal model" in run("--trace", "x")[2]
     assert "--generate needs a causal model" in run("--generate", "x", *train[3:5])[2]
     assert run(*train, "--weights", "r", "--trainable_layers", "lora", "--num_epochs", 1)[0] == 0
-    assert (
-        "r is not gpt2-small" in run("--train", "--weights", "r", "--model_size", "gpt2-small")[2]
-    )
+    assert "r is not gpt2-small" in run(*train, "--weights", "r", "--model_size", "gpt2-small")[2]
 
 
 HARM = {"cut": {"announced": 1}, "corrupt": {}, "absent": {"status": 404}, "refused": None}
@@ -810,17 +748,12 @@ def test_the_real_messages_are_balanced_and_split_as_in_the_article(capsys):
     assert g.baselines(texts, true, 2) == pytest.approx((0.497, 0.957), abs=0.005)
 
 
-def test_the_zip_of_the_messages_is_read_without_unpacking_it(here):
+def test_archives_are_read_without_unpacking_them_and_the_reviews_keep_their_test_half(here):
     g.CACHE.mkdir()
     with zipfile.ZipFile(g.CACHE / "sms.zip", "w") as archive:
         archive.writestr("../../outside", "harm")
         archive.writestr("SMSSpamCollection", 'ham\tsay "hi\nspam\twin "now\n')
-    assert read("sms").values.tolist() == [["ham", 'say "hi'], ["spam", 'win "now']]
-    assert os.listdir() == []
-
-
-def test_the_reviews_keep_their_own_test_half(here):
-    g.CACHE.mkdir()
+    assert read("sms").to_numpy().tolist() == [["ham", 'say "hi'], ["spam", 'win "now']]
     pairs = [(part, label) for part in ("train", "test") for label in ("pos", "neg")]
     names = [f"aclImdb/{part}/{label}/{n}_7.txt" for part, label in pairs for n in range(20)]
     with tarfile.open(g.CACHE / "imdb.tar.gz", "w:gz") as archive:
@@ -829,10 +762,9 @@ def test_the_reviews_keep_their_own_test_half(here):
             info.size = len(raw)
             archive.addfile(info, io.BytesIO(raw))
     parts, labels = split("imdb")
-    assert labels == ["neg", "pos"]
-    assert [len(t) for t in parts.values()] == [36, 4, 40]
-    assert parts["test"]["text"].str.contains("/test/").all()
-    assert not parts["train"]["text"].str.contains("/test/").any()
+    assert (labels, [len(t) for t in parts.values()]) == (["neg", "pos"], [36, 4, 40])
+    assert [t["text"].str.contains("/test/").mean() for t in parts.values()] == [0, 0, 1]
+    assert os.listdir() == []
 
 
 def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
@@ -843,28 +775,23 @@ def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
     assert frame["text"].str.len().between(30, 200).all()
 
 
-TABLES = {
-    "plain.csv": b"text,label\nhello,a\n",
-    "case.csv": b"ID,Label,TEXT\n1,a,hello\n",
-    "mark.csv": b"\xef\xbb\xbftext,label\nhello,a\n",
-    "windows.csv": b"text,label\r\nhello,a\r\n",
-    "blank.csv": b"text,label\n\nhello,a\n\n",
-    "tabs.tsv": b"label\ttext\na\thello\n",
-    "json.jsonl": b'{"text": "hello", "label": "a"}\n\n',
-    "mark.jsonl": b'\xef\xbb\xbf{"text": "hello", "label": "a"}',
+TABLES = {  # file: content, texts and labels
+    "case.csv": (b"ID,Label,TEXT\n1,a,hello\n", "hello a"),
+    "mark.csv": (b"\xef\xbb\xbftext,label\r\nhello,a\r\n", "hello a"),
+    "blank.csv": (b"text,label\n\nhello,a\n\n", "hello a"),
+    "tabs.tsv": (b"label\ttext\na\thello\n", "hello a"),
+    "json.jsonl": (b'{"text": "hello", "label": 7}\n\n', "hello 7"),
+    "mark.jsonl": (b'\xef\xbb\xbf{"text": "hello", "label": "a"}', "hello a"),
+    "missing.csv": (b"text,label\nNA,007\nnull,None\n", "NA 007 null None"),
+    "quotes.csv": (b'text,label\n"two\nlines, ""quoted""",1\n', 'two\nlines, "quoted" 1'),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_of_every_kind_are_read(here, name):
-    Path(name).write_bytes(TABLES[name])
-    assert read(name).values.tolist() == [["hello", "a"]]
-
-
-def test_cells_are_never_taken_for_numbers_or_for_missing(here):
-    Path("t.csv").write_text('text,label\nNA,007\nnull,1\n"two\nlines, ""quoted""",1\n')
-    rows = [["NA", "007"], ["null", "1"], ['two\nlines, "quoted"', "1"]]
-    assert read("t.csv").values.tolist() == rows
+def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here, name):
+    content, cells = TABLES[name]
+    Path(name).write_bytes(content)
+    assert " ".join(read(name).to_numpy().flatten()) == cells
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
@@ -874,19 +801,14 @@ def test_a_folder_keeps_its_own_split(here, name):
     assert [len(t) for t in split(here)[0].values()] == [20, 4, 6]
 
 
-def test_a_table_is_split_within_each_label(here):
-    rows = [f"text {i},{'rare' if i < 10 else 'common'}\n" for i in range(200)]
-    Path("t.csv").write_text("text,label\n" + "".join(rows))
-    counts = [t["label"].value_counts().to_dict() for t in split("t.csv")[0].values()]
-    assert [count["rare"] for count in counts] == [7, 1, 2]
-    assert [count["common"] for count in counts] == [133, 19, 38]
-    assert [len(t) for t in split("t.csv", "--balance")[0].values()] == [14, 2, 4]
-
-
-def test_integer_labels_are_numbers_in_order(here):
-    rows = [json.dumps({"text": f"text {i}", "label": i % 12}) for i in range(120)]
+def test_a_table_is_split_within_each_label_and_integer_labels_are_numbers_in_order(here):
+    rows = [json.dumps({"text": f"text {i}", "label": 10 if i < 10 else 9}) for i in range(200)]
     Path("t.jsonl").write_text("\n".join(rows))
-    assert split("t.jsonl")[1] == [str(i) for i in range(12)]
+    parts, labels = split("t.jsonl")
+    counts = [table["label"].value_counts().to_dict() for table in parts.values()]
+    assert counts == [{"9": 133, "10": 7}, {"9": 19, "10": 1}, {"9": 38, "10": 2}]
+    assert labels == ["9", "10"]
+    assert [len(t) for t in split("t.jsonl", "--balance")[0].values()] == [14, 2, 4]
 
 
 def test_repeats_and_rows_without_text_or_label_are_counted_and_left_out(here, capsys):
@@ -950,31 +872,26 @@ def test_the_log_and_the_curves_hold_every_epoch(trained, run):
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_nineteen_rows_run_and_are_kept_as_they_finish(run):
+def test_all_nineteen_rows_run_and_their_results_are_one_table(run):
     write_texts("texts.csv", 40)
     flags = ["--data", "texts.csv", "--model_size", "gpt2-nano", "--weights", "random", *HERE]
     status, out, _ = run("--train", "--num_epochs", 1, *flags, "--experiment", *range(1, 20))
-    assert status == 0
-    table = pd.read_csv("experiments.csv", index_col="row")
-    assert table.index.tolist() == list(range(1, 20))
-    assert table["article"].tolist()[:3] == [0.95, 0.75, 0.72]
-    assert table["test"].between(0, 1).all()
-    size = table["trained"]
-    assert size[3] * 1e6 == pytest.approx(2 * 128 + 2)
-    assert size[3] < size[1] < size[4] < size[5] == size[9]
-    assert size[11] * 1e6 == pytest.approx(258 + 4 * 16 * (8 * 128 + 2 * 5 * 128))
-    assert "experiments.csv" in out.split("table ")[1]
-    assert sorted(os.listdir()) == ["experiments.csv", "texts.csv"]
+    assert (status, os.listdir()) == (0, ["texts.csv"])
+    assert "(--pad_to longest --lr_schedule constant --trainable_layers all)" in out
+    head, *rows = re.split(r"\ntable +.*\n", out)[1].strip().split("\n")
+    assert head.split()[:6] == ["row", "what", "article", "trained", "test", "sd"]
+    cells = [re.split("  +", row.strip()) for row in rows]
+    assert [row[0].split()[0] for row in cells] == list(map(str, range(1, 20)))
+    size = [float(row[-8]) for row in cells]
+    assert size[2] == pytest.approx((2 * 128 + 2) / 1e6, abs=1e-4)
+    assert size[2] < size[0] < size[3] < size[4] == size[8]
+    assert size[10] == pytest.approx((258 + 4 * 16 * (8 * 128 + 2 * 5 * 128)) / 1e6, abs=1e-4)
 
 
-def test_a_series_goes_on_after_a_row_that_cannot_run_and_adds_to_its_own_table_only(trained, run):
-    status, _, err = run(*TRAIN, "--experiment", 18, 6, 16)
+def test_a_series_goes_on_after_a_row_that_cannot_run(trained, run):
+    status, out, err = run(*TRAIN, "--experiment", 18, 6, 16)
     assert (status, "error: row 6: gpt2.safetensors is not gpt2-medium" in err) == (2, True)
-    assert pd.read_csv("experiments.csv")["row"].tolist() == [18, 16]
-    Path("experiments.csv").write_text("a,b\n1,2\n")
-    status, _, err = run(*TRAIN, "--experiment", 1, 2)
-    assert (status, "experiments.csv is not a table of this tool" in err) == (2, True)
-    assert Path("experiments.csv").read_text() == "a,b\n1,2\n"
+    assert re.findall(r"^ +(\d+) ", out.split("table ")[1], re.MULTILINE) == ["18", "16"]
 
 
 LONG = "--train --data long.csv --model_size gpt2-nano --trainable_layers last_two_blocks"
@@ -1030,31 +947,20 @@ def interrupted(run, monkeypatch, epoch, *flags):
         return run(*TRAIN, *flags)
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--seed 5 6", "--trainable_layers lora --weight_decay 0.3", "--experiment 16"]
-)
+@pytest.mark.parametrize("flags", ["", "--seed 5 6", "--trainable_layers lora", "--experiment 16"])
 def test_resuming_goes_on_to_the_same_file_and_log(trained, run, monkeypatch, flags):
     flags = flags.split()
     run(*TRAIN, *flags, "--log", "expected.csv")
     expected = Path("classifier.safetensors").read_bytes()
     status, _, err = interrupted(run, monkeypatch, 3, *flags)
     assert (status, "--resume continues after the last epoch" in err) == (130, True)
+    assert "had --batch_size 8, not 3" in run(*TRAIN, *flags, "--resume", "--batch_size", 3)[2]
     status, out, _ = run(*TRAIN, *flags, "--resume", "--log", "log.csv")
     assert (status, "resumed   after epoch 3 of seed" in out) == (0, True)
     assert Path("classifier.safetensors").read_bytes() == expected
     logs = [pd.read_csv(name).drop(columns="seconds") for name in ("log.csv", "expected.csv")]
     assert logs[0].equals(logs[1])
     assert not Path("classifier.safetensors.resume").exists()
-
-
-def test_another_run_is_not_resumed(trained, run, monkeypatch):
-    interrupted(run, monkeypatch, 1)
-    status, _, err = run(*TRAIN, "--resume", "--batch_size", 3)
-    assert (status, "had --batch_size 8, not 3" in err) == (2, True)
-    with open("texts.csv", "a") as file:
-        file.write("one more is good,good\n")
-    status, _, err = run(*TRAIN, "--resume")
-    assert (status, "had --data_sha256" in err) == (2, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1113,13 +1019,14 @@ LIKE = [
 
 @pytest.mark.parametrize("flags", LIKE)
 def test_a_saved_classifier_predicts_as_it_did_before_saving(trained, run, monkeypatch, flags):
-    seen, real = [], g.probabilities
+    seen, real, checkpoint = [], g.probabilities, Path("gpt2.safetensors").read_bytes()
     monkeypatch.setattr(g, "probabilities", lambda *args: seen.append(real(*args)) or seen[-1])
     assert run(*TRAIN, *flags.split())[0] == 0
     before = seen[-1]  # of the test texts, the last thing that training looks at
     split("texts.csv")[0]["test"].to_csv("test.csv", index=False)
     assert run("--evaluate", "--data", "test.csv", *HERE)[0] == 0
     torch.testing.assert_close(seen[-1], before, atol=1e-5, rtol=0)
+    assert Path("gpt2.safetensors").read_bytes() == checkpoint  # training works on a copy
 
 
 def test_prediction_prints_label_probability_and_text(trained, run):
@@ -1145,13 +1052,13 @@ def test_lines_of_standard_input_are_predicted_as_they_come(trained, argv):
 
 def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_length(trained, run):
     rows = [[str(i), f"thing {i} is {i % 3}", ("a\rb", 'x, "y"\nz')[i % 2]] for i in range(1500)]
-    rows[7][1] = ""
+    rows[7][1], rows[8][1] = "", "good " * 1_000_000
     with open("in.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", "TEXT", "note"], *rows])
     found = []
     for budget in (1, 5000):
-        status, out, _ = run("--predict_file", "in.csv", "--tokens_per_row", budget, *HERE)
-        assert status == 0
+        status, out, err = run("--predict_file", "in.csv", "--tokens_per_row", budget, *HERE)
+        assert (status, err) == (0, "note: cut to 64 tokens: 1 texts\n")
         found.append(list(csv.reader(io.StringIO(out, newline=""))))
     assert found[0][0] == ["id", "TEXT", "note", "label", "probability"]
     assert [row[:3] for row in found[0][1:]] == rows
@@ -1160,57 +1067,31 @@ def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_le
         assert float(a[4] or 0) == pytest.approx(float(b[4] or 0), abs=2e-4)
 
 
-PREDICTED = {  # file: content, rows, header of the output
-    "in.tsv": ("text\tlabel\na\tb\n", 1, "text,label,predicted_label,probability"),
-    "in.jsonl": ('{"text": "a", "n": 1.5}\n' * 2, 2, "text,n,label,probability"),
-    "in.csv": ("text,label,predicted_label\na,b,c\n", 1, None),
-    "none.csv": ("id,text\n", 0, "id,text,label,probability"),
+PREDICTED = {  # file: header of the output, its beginning, rows, and a last one that is a fault
+    "in.tsv": ("text,label,predicted_label,probability", "text\tlabel\n", "good\tb\n", "a\n"),
+    "in.csv": ("id,text,label,probability", "id,text\n", "1,good\n", "1,one,too many\n"),
+    "in.jsonl": ("text,n,label,probability", "", '{"text": "good", "n": 1.5}\n', '{"id": 3}\n'),
+    "IN.JSONL": ("text,label,probability", "", '{"text": "good"}\n', "3]\n"),
 }
-TAKEN = "text,label,predicted_label,predicted_predicted_label,probability"
 
 
 @pytest.mark.parametrize("name", PREDICTED)
-def test_tables_of_every_kind_are_predicted_and_no_column_name_is_used_twice(trained, run, name):
-    content, rows, header = PREDICTED[name]
-    Path(name).write_text(content)
+def test_tables_are_predicted_a_thousand_rows_at_a_time(trained, run, monkeypatch, name):
+    sizes, real = [], g.Classifier.answers
+    monkeypatch.setattr(g.Classifier, "answers", lambda c, t: sizes.append(len(t)) or real(c, t))
+    header, start, row, fault = PREDICTED[name]
+    Path(name).write_text(start + row * 2456)
     status, out, _ = run("--predict_file", name)
-    lines = list(csv.reader(io.StringIO(out)))
-    assert (status, ",".join(lines[0]), len(lines)) == (0, header or TAKEN, rows + 1)
-
-
-ROWS = {  # file: a row, a last row, the fault that it is
-    "in.csv": ("good\n", "one,cell too many\n", "in line 3458, saw 2"),
-    "in.jsonl": ('{"text": "good"}\n', '{"text": "a", "id": 3}\n', "the column 'id' is not in"),
-    "IN.JSONL": ('{"text": "good"}\n', "3]\n", "IN.JSONL cannot be read as jsonl in UTF-8"),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_file_of_any_length_is_predicted_a_thousand_rows_at_a_time(
-    trained, run, monkeypatch, name
-):
-    (row, last, fault), sizes, real = ROWS[name], [], g.Classifier.answers
-    monkeypatch.setattr(
-        g.Classifier, "answers", lambda self, texts: sizes.append(len(texts)) or real(self, texts)
-    )
-    Path(name).write_text("text\n" * (name == "in.csv") + row * 3456)
-    assert run("--predict_file", name)[0] == 0
-    assert sizes == [1000, 1000, 1000, 456]
+    assert (status, out.count("\n"), sizes) == (0, 2457, [1000, 1000, 456])
+    assert out.split("\n")[0].replace('"', "") == header  # no name twice
     with open(name, "a") as file:  # a fault in the last thousand keeps the ones before
-        file.write(last)
+        file.write(fault)
     status, out, err = run("--predict_file", name)
-    assert (status, out.count("\n"), err.count("\n"), fault in err) == (2, 3001, 1, True)
-
-
-def test_a_cell_of_ten_megabytes_is_cut(trained, run):
-    Path("t.csv").write_text("text\n" + "good " * 2_000_000 + "\nlast\n")
-    status, out, err = run("--predict_file", "t.csv")
-    assert (status, err) == (0, "note: cut to 64 tokens: 1 texts\n")
-    assert len(out) > 10_000_000
+    assert (status, out.count("\n"), err.count("\n")) == (2, 2001, 1), err
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
-def test_a_trace_tells_for_each_token_what_a_text_that_ends_there_gets(trained, run, pool):
+def test_a_trace_tells_what_a_text_that_ends_there_gets(trained, run, monkeypatch, pool):
     run(*TRAIN, "--trainable_token_pos", pool)
     text = "this is a good thing"
     rows = [line.split() for line in run("--trace", text, *HERE)[1].strip("\n").split("\n")]
@@ -1219,34 +1100,21 @@ def test_a_trace_tells_for_each_token_what_a_text_that_ends_there_gets(trained, 
     for row, line in zip(rows, out.strip("\n").split("\n")):
         label, p, _ = line.split("\t")
         assert (row[0], float(row[1][:-1]) / 100) == (label, pytest.approx(float(p), abs=1e-3))
-
-
-def test_a_trace_is_shaded_on_a_terminal_unless_no_color_is_set(trained, run, monkeypatch):
-    assert "\x1b" not in run("--trace", "good")[1]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert "\x1b[48;2;" in run("--trace", "good")[1]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in run("--trace", "good")[1]
+    assert run("--trace", text)[1].count("\x1b[48;2;") == len(text)
 
 
-def test_evaluation_leaves_out_and_counts_what_the_classifier_was_trained_on(trained, run):
+def test_evaluation_leaves_out_texts_of_training_and_lists_mistakes(trained, run):
     with open("texts.csv", "a") as file:
-        file.write("a new one is good,good\nthing 1 is bad,poor\n")
+        file.write("a new one is good,good\n\x1b[31m thing number 1 is good,poor\n")
     _, out, _ = run("--evaluate", "--data", "texts.csv")
     assert out.startswith("data      texts.csv: 20 texts; 42 left out")
+    assert "mistakes  1, the most confident first:" in out
+    assert re.search(r"poor, classified as good with [\d.]+%: \\x1b\[31m thing number 1", out)
     assert run("--evaluate")[1] == out  # by default, the data of training
     write_texts("texts.csv")
     split("texts.csv")[0]["train"].to_csv("train.csv", index=False)
     assert "has no labeled text that is new" in run("--evaluate", "--data", "train.csv")[2]
-
-
-def test_evaluation_lists_the_most_confident_mistakes(trained, run):
-    odd = "\x1b[31m thing number 8 is good,poor\n"
-    Path("new.csv").write_text("text,label\n" + "thing number 9 was good,good\n" * 3 + odd)
-    _, out, _ = run("--evaluate", "--data", "new.csv")
-    assert "mistakes  1, the most confident first:" in out
-    assert "poor, classified as good with" in out
-    assert "\\x1b[31m thing number 8 is good" in out
 
 
 def test_terminal_escapes_reach_no_terminal(run, here, monkeypatch):
@@ -1264,9 +1132,9 @@ def test_terminal_escapes_reach_no_terminal(run, here, monkeypatch):
 def test_generation_is_greedy_and_goes_on_past_what_the_model_can_see(run):
     write_checkpoint("w", gpt2_file())
     status, out, _ = run("--generate", "Every effort", "--weights", "w", "--max_new_tokens", 3)
-    ids = list(b"Every effort")
+    ids, wte = list(b"Every effort"), gpt2_file()["wte.weight"].double()
     for _ in range(3):
-        ids.append(int(reference_gpt2(ids)[-1].argmax()))
+        ids.append(int((wte @ by_the_book(ids)[-1]).argmax()))
     assert (status, out) == (0, g.printable(bytes(ids).decode(errors="replace")) + "\n")
     assert run("--generate", "x" * 60, "--weights", "w", "--max_new_tokens", 10)[0] == 0
     assert "note: random weights" in run("--generate", "x", "--model_size", "gpt2-nano")[2]
@@ -1274,22 +1142,17 @@ def test_generation_is_greedy_and_goes_on_past_what_the_model_can_see(run):
 
 def mutated(raw, draw):
     """Some bytes of a file changed, most of them in its header, or the file cut or lengthened."""
-    raw = bytearray(raw)
-    header = 8 + int.from_bytes(raw[:8], "little")
+    raw, header = bytearray(raw), 8 + int.from_bytes(raw[:8], "little")
     for _ in range(draw.choice([1, 1, 1, 2, 5])):
-        where = draw.randrange(len(raw) if draw.random() < 0.1 else header)
+        where = draw.randrange(len(raw) if draw.random() < 0.1 else min(header, len(raw)))
+        new = draw.choice([b"9", b"0", b"-", b"[", b"null", b"1e9", b"\0" * 100, b'"', b",", b"}"])
         kind = draw.randrange(5)
         if kind == 0:
             raw[where] = draw.randrange(256)
         elif kind == 1:
-            raw[where] = draw.choice(b'0123456789-,:[]{}"eE. ')
-        elif kind == 2:
-            del raw[where : where + draw.choice([1, 1, 7, 1000])]
-        elif kind == 3:
-            raw[where:where] = draw.choice([b"9", b"0", b"-", b"[", b"null", b"1e9", b"\0" * 100])
-        else:
             raw = raw[: max(where, 1)] if draw.random() < 0.2 else raw + b"x"
-        header = min(header, len(raw))
+        else:  # replaced, deleted or inserted
+            raw[where : where + (0, 1, 1, 7, 1000)[draw.randrange(5)]] = new if kind > 2 else b""
     return bytes(raw)
 
 
@@ -1321,22 +1184,14 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(run, monkeypatch, na
 # 9. The command line ------------------------------------------------------------------------------
 
 
-def test_every_default_is_the_articles_but_for_the_learning_rates_schedule():
+def test_every_default_is_the_articles_but_the_schedule_and_flags_win_over_offline():
     args = g.parse(["--train"])
     assert (args.trainable_layers, args.num_epochs, args.batch_size) == ("last_block", 5, 8)
     assert (args.learning_rate, args.weight_decay, args.seed) == (5e-5, 0.1, [123])
     assert (args.pad_to, args.lr_schedule, args.data) == (0, "linear", "sms")
     assert g.parse(["--train", "--model_size", "gpt2-small (124M)"]).model_size == "gpt2-small"
-
-
-def test_flags_win_over_offline_and_over_a_row(here, monkeypatch):
     args = g.parse(["--train", "--offline", "--num_epochs", "9"])
     assert (args.data, args.model_size, args.num_epochs) == ("stdlib", "gpt2-nano", 9)
-    seen, argv = [], ["--train", "--experiment", "9", "--model_size", "gpt2-nano"]
-    monkeypatch.setattr(g, "train", lambda args: seen.append(args) or {})
-    g.experiments(g.parse(argv), argv)
-    assert (seen[0].model_size, seen[0].trainable_layers) == ("gpt2-nano", "all")
-    assert (seen[0].lr_schedule, seen[0].pad_to) == ("constant", "longest")
 
 
 def test_help_fits_on_two_screens(capsys):
@@ -1356,109 +1211,62 @@ def test_a_reader_that_goes_away_ends_a_run_silently(trained):
     assert (result.returncode, result.stdout, result.stderr) == expected
 
 
-class Harm:
-    """A pickle of this makes a folder when somebody careless loads it."""
-
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-FILES = {
-    "empty.csv": b"",
-    "header.csv": b"text,label\n",
-    "latin.csv": b"text,label\n\xe9,a\n",
-    "utf16.csv": "text,label\nx,a".encode("utf-16"),
-    "other.csv": b"message,kind\nx,a\n",
-    "cases.csv": b"Text,TEXT,label\nx,y,a\n",
-    "long.csv": b"text,label\nx,a\n\nx,a,b\n",
-    "first.csv": b"text,label\nx,a,b\n",
-    "semicolon.csv": b"text;label\nx, y;a\n",
-    "tab.csv": b"text\tlabel\nx\ta\n",
-    "comma.tsv": b"text,label\nx,a\n",
-    "many.csv": b"text,label\n" + b"".join(b"x,%d\n" % i for i in range(40)),
-    "quote.csv": b'text,label\n"x,a\n',
-    "list.jsonl": b'{"text": "x", "label": "a"}\n[3]\n',
-    "one.csv": b"text,label\n" + b"x,a\n" * 20,
-    "few.csv": b"text,label\nx,a\ny,b\n",
-    "x.pdf": b"x",
-    "folder/train.csv": b"text,label\nx,a\ny,b\n",
-    "folder/val.csv": b"text,label\nx,a\ny,b\n",
-    "unseen/train.csv": b"text,label\nx,a\ny,b\n",
-    "unseen/val.csv": b"text,label\nx,a\ny,b\n",
-    "unseen/test.csv": b"text,label\nx,a\ny,c\n",
-    "test.csv": b"text,label\nx,c\n",
-    "cut": safetensors({"a": entry()}, bytes(4)),
-    "nothing": safetensors({}),
-    "pickle": pickle.dumps(Harm()),
-    "notes": b"mine",
-}
-FAULTS = """
+# Flags, what the error says, and the content of the files t.csv, t.tsv and t.jsonl.
+FAULTS = r"""
 | name an action: --train, --predict,
 --train --evaluate | not allowed with argument
 --trian | unrecognized arguments: --trian: do you mean --train?
 --train --colour red | unrecognized arguments: --colour red
 --train | could not download http://127.0.0.1:9/openai-community/gpt2/
 --train --model_size roberta-base | could not download http://127.0.0.1:9/FacebookAI/roberta-base/
+--train --model_size gpt3 | invalid choice: 'gpt3'
 --train --weights nowhere | No such file or directory: 'nowhere'
---generate x --weights cut | is it cut short?
+--train --device cuda:99 | --device cuda:99 does not work on this machine
+--train --experiment 3 20 | invalid choice: 20
+--train --experiment 3 4 --resume | several rows save nothing
+--predict x --offline | --offline goes with --train
 --generate x --weights notes | notes is not a complete safetensors file
---generate x --weights nothing | nothing is not a checkpoint of GPT-2 or RoBERTa
 --generate x --weights lacking | lacking is not a checkpoint of GPT-2 or RoBERTa ('ln_f.bias' is
 --generate x --weights odd | size mismatch for ln_f.bias
 --generate x --weights narrow | heads have 64 channels
 --generate x --weights classifier.safetensors | is a classifier; --weights takes a checkpoint
+--predict x --classifier nowhere | there is no classifier nowhere: train one with --train
+--predict x --classifier notes | notes is not a complete safetensors file
+--predict x --classifier gpt2.safetensors | gpt2.safetensors is not a classifier of this tool
+--predict_file t.csv | t.csv cannot be read as csv |
+--evaluate --data t.csv | a label that the classifier does not know ('c' is | text,label\nx,c\n
 TRAIN nowhere.csv | No such file or directory: 'nowhere.csv'
-TRAIN empty.csv | empty.csv cannot be read as csv
-TRAIN header.csv | header.csv has no rows
-TRAIN latin.csv | latin.csv cannot be read as csv in UTF-8
-TRAIN utf16.csv | utf16.csv cannot be read as csv in UTF-8
-TRAIN other.csv | has the columns 'message', 'kind', not 'text': name yours with --text_column
-TRAIN cases.csv | has the columns 'Text', 'TEXT', 'label', not 'text'
-TRAIN long.csv | in line 4, saw 3
-TRAIN first.csv | rows have more cells than its header
-TRAIN semicolon.csv | seems to separate cells by ';', not by ','
-TRAIN tab.csv | seems to separate cells by '\\t', not by ','
-TRAIN comma.tsv | seems to separate cells by ',', not by '\\t'
-TRAIN many.csv | 40 texts with 40 labels leave none for validation: add texts, or see --label_column
-TRAIN texts.csv --label_column text | labels leave none for validation
-TRAIN quote.csv | EOF inside string
-TRAIN list.jsonl | list.jsonl cannot be read as jsonl
-TRAIN one.csv | needs at least two labels, not ['a']
-TRAIN few.csv | 2 texts with 2 labels leave none for
 TRAIN x.pdf | the name must end in .csv or .tsv or .jsonl
+TRAIN t.csv | t.csv cannot be read as csv |
+TRAIN t.csv | t.csv has no rows | text,label\n
+TRAIN t.csv | t.csv cannot be read as csv in UTF-8 | text,label\n\xe9,a\n
+TRAIN t.csv | has the columns 'message', 'kind', not 'text': name yours with | message,kind\nx,a\n
+TRAIN t.csv | has the columns 'Text', 'TEXT', 'label', not 'text' | Text,TEXT,label\nx,y,a\n
+TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
+TRAIN t.csv | rows have more cells than its header | text,label\nx,a,b\n
+TRAIN t.csv | EOF inside string | text,label\n"x,a\n
+TRAIN t.csv | seems to separate cells by ';', not by ',' | text;label\nx, y;a\n
+TRAIN t.csv | seems to separate cells by '\t', not by ',' | text\tlabel\nx\ta\n
+TRAIN t.tsv | seems to separate cells by ',', not by '\t' | text,label\nx,a\n
+TRAIN t.jsonl | t.jsonl cannot be read as jsonl | {"text": "x", "label": "a"}\n[3]\n
+TRAIN t.csv | needs at least two labels, not ['a'] | text,label\nx,a\ny,a\n
+TRAIN t.csv | 3 texts with 3 labels leave none for train: add | text,label\nx,a\ny,b\nz,c\n
 TRAIN folder | needs one table named test, and has 0
 TRAIN unseen | test has the label 'c', training has not
---evaluate --data test.csv | a label that the classifier does not know ('c' is not in list)
---predict x --classifier nowhere | there is no classifier nowhere: train one with --train
---predict x --classifier cut | is it cut short?
---predict x --classifier gpt2.safetensors | gpt2.safetensors is not a classifier of this tool
---predict x --classifier pickle | pickle is not a complete safetensors file
---predict_file empty.csv | empty.csv cannot be read as csv
 TRAIN texts.csv --trainable_layers lora --lora_rank 0 | --lora_rank 0 is not a number of at least 1
 TRAIN texts.csv --trainable_layers lora --lora_rank 129 | exceeds the model's width, 128
 TRAIN texts.csv --pad_to x | --pad_to x is neither a number of tokens nor longest
 TRAIN texts.csv --pad_to 65 | this model reads at most 64 tokens
-TRAIN texts.csv --max_length 65 | this model reads at most 64 tokens
-TRAIN texts.csv --batch_size 0 | --batch_size 0 is not a number of at least 1
 TRAIN texts.csv --learning_rate nan | --learning_rate nan is not a number of at least 0
 TRAIN texts.csv --learning_rate 1e30 | try a smaller --learning_rate
---train --model_size gpt3 | invalid choice: 'gpt3'
---train --experiment 3 20 | invalid choice: 20
---train --experiment 3 4 --resume | go with one row
 TRAIN texts.csv --resume | classifier.safetensors.resume
---predict x --offline | --offline goes with --train
---train --device cuda:99 | --device cuda:99 does not work on this machine
 TRAIN texts.csv --plot x.xyz | --plot needs matplotlib
-TRAIN texts.csv --log texts.csv | texts.csv is read or written by this run already
-TRAIN texts.csv --classifier texts.csv | texts.csv is read or written by this run already
 TRAIN texts.csv --log ./folder/../texts.csv | texts.csv is read or written by this run already
-TRAIN texts.csv --log gpt2.safetensors | gpt2.safetensors is read or written by this run
+TRAIN texts.csv --classifier texts.csv | texts.csv is read or written by this run already
 TRAIN texts.csv --classifier gpt2.safetensors | gpt2.safetensors is read or written by this run
 TRAIN folder --classifier folder/val.csv | folder/val.csv is read or written by this run
-TRAIN texts.csv --log c --classifier c | c is read or written by this run already
 TRAIN texts.csv --log c.resume --classifier c | c.resume is read or written by this run already
 TRAIN texts.csv --classifier folder | folder cannot be written
-TRAIN texts.csv --log folder | folder cannot be written
 TRAIN texts.csv --log no/where.csv | no/where.csv cannot be written
 TRAIN texts.csv --log /dev/null | /dev/null cannot be written
 TRAIN texts.csv --classifier notes | notes is not a classifier and is not replaced
@@ -1467,18 +1275,21 @@ TRAIN texts.csv --classifier notes | notes is not a classifier and is not replac
 
 @pytest.mark.parametrize("line", FAULTS.strip().split("\n"))
 def test_every_fault_is_one_line_status_2_and_leaves_everything_as_it_was(trained, run, here, line):
-    for name, content in FILES.items():
+    flags, message, *content = line.split(" | " if " | " in line else "| ")
+    for name in ("t.csv", "t.tsv", "t.jsonl"):
+        Path(name).write_bytes("".join(content).encode().decode("unicode_escape").encode("latin1"))
+    for name in ("folder/train", "folder/val", "unseen/train", "unseen/val", "unseen/test"):
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_bytes(content)
-    write_checkpoint("narrow", gpt2_file(g.GPTConfig(1, 1, 60, 8, 257)))
+        last = "c" if name == "unseen/test" else "b"
+        Path(f"{name}.csv").write_text(f"text,label\nx,a\ny,{last}\n")
+    Path("notes").write_text("mine")
+    Path("x.pdf").touch()
     tensors = gpt2_file() | {"ln_f.bias": torch.zeros(3)}
     write_checkpoint("odd", tensors)
-    del tensors["ln_f.bias"]
-    write_checkpoint("lacking", tensors)
-    flags, message = line.split("|")
+    write_checkpoint("narrow", gpt2_file(g.GPTConfig(1, 1, 60, 8, 257)))
+    write_checkpoint("lacking", {n: t for n, t in tensors.items() if n != "ln_f.bias"})
     flags = flags.replace("TRAIN", "--train --weights gpt2.safetensors --data").split()
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     status, _, err = run(*flags)
-    assert (status, err[:7], err.count("\n")) == (2, "error: ", 1)
-    assert message.strip() in err
+    assert (status, err[:7], err.count("\n"), message.strip() in err) == (2, "error: ", 1, True)
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
