@@ -37,7 +37,7 @@ guessing gets 50%. Each is one run: below about 3.5 points, a difference may wel
                                  RoBERTa, which is BERT's architecture, trained better)
 4. Causal mask or none?          With it 95.00%, without it 95.33% (Row.mask)
 5. Does size help?               124M 95.00%, 355M 84.67%, 774M 96.67%, 1,558M 98.33% (SIZES; the
-                                 article guesses that its settings do not suit the 355M model)
+                                 article suspects the pretraining of 355M, or these settings)
 6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (LoRALinear)
 7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (Row)
 
