@@ -269,8 +269,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, C)  # word token embedding: which token it is
-        self.wpe = nn.Embedding(config.block_size, C)  # word position embedding: where it stands
+        # As nn.Embedding(rows, C), which in `build` would take a second: it draws random numbers.
+        table = nn.Embedding.from_pretrained
+        self.wte = table(torch.empty(config.vocab_size, C), freeze=False)  # which token it is
+        self.wpe = table(torch.empty(config.block_size, C), freeze=False)  # where it stands
         self.ln_e = nn.LayerNorm(C) if config.roberta else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.roberta else nn.LayerNorm(C)
