@@ -833,7 +833,7 @@ def get_tokenizer(vocab_size):
         # Under the name that tiktoken gives it. tiktoken itself waits for a silent server forever.
         path = folder / hashlib.sha1(url.encode()).hexdigest()
         download(url, path, None, "set TIKTOKEN_CACHE_DIR")
-    with blame(f"{folder} does not have GPT-2's vocabulary: delete the folder"):
+    with blame(f"no GPT-2 vocabulary in {folder}: set TIKTOKEN_CACHE_DIR to another folder"):
         tokenizer = tiktoken.get_encoding("gpt2")
     if vocab_size != ROBERTA["vocab_size"]:
         return tokenizer, None
