@@ -12,18 +12,18 @@ One message on its way through GPT-2 small:
     "You are a winner"           the text
     [1639, 389, 257, 8464]       ids (4,): numbers of tokens, which are pieces of words
     wte[ids] + wpe[0, 1, 2, 3]   (4, 768): a vector for each token plus one for its position
-    h[0] ... h[11], ln_f         (4, 768): twelve blocks; tokens collect from earlier tokens
+    h[0] ... h[11], ln_f         (4, 768): twelve blocks; a token collects from earlier tokens
     the last vector              (1, 768): pooling; only this token has seen the whole message
-    head                         (1, 2): logits, which are scores for ham and spam; softmax makes
-                                 probabilities of them; the loss is -log of the right label's
+    head                         (1, 2): logits, which are scores for ham and spam; softmax turns
+                                 them into probabilities; the loss is -log(the right label's)
 
 Four ideas organize the file:
 
-1. A classifier pools: its head gets the hidden state of one token. Which token that is, and which
-   tokens it can see, is fixed when a text becomes an Example (section 2).
+1. A classifier pools: its head gets the hidden state of one token, or a mean. Which token that is,
+   is fixed when a text becomes an Example (section 2).
 2. A frozen block gives the same output for the same text in every epoch. So it runs once per text,
    and training uses the cached output, the features (section 3).
-3. The head reads one token only, so the last block needs to compute only that token (section 1).
+3. If the head reads only one token, the last block needs to compute only that one (section 1).
 4. Packing replaces padding: texts lie end to end in one row of tokens, and the attention mask
    keeps them apart (section 1). So the model works on (T, C), without a batch dimension.
 
@@ -43,7 +43,8 @@ guessing gets 50%. Each is one run: below about 3.5 points, a difference may wel
 
 Sections 1 to 4 are the lesson: model, classifier, training, evaluation. `train` in section 7 joins
 them. The rest is files, data and the command line. Shapes in comments: T tokens in a row, N texts
-in it, Q pooled positions, C channels, H heads, K labels. `args` holds the flags of section 9.
+in it, Q pooled positions, C channels, H heads with D channels each, K labels. Section 9 has `args`
+(the flags), `Fault` (an error that the user can fix) and `say` (which prints).
 """
 
 import argparse
@@ -72,7 +73,7 @@ from pathlib import Path
 
 # torch's threads wait for each other in a busy loop. On a shared machine, such a loop can occupy
 # the core that the other thread needs. So let them sleep after a short loop: beside another busy
-# process, an epoch of --offline took 12 s instead of 20 to 90 s; alone, no longer (2 cores, EPYC).
+# process, an epoch of --offline took 12 s instead of 20 to 90 s; alone, the same (2 cores, EPYC).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -82,7 +83,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# pandas is loaded when it is first used (importlib's recipe): --predict does without it.
+# pandas is loaded when it is first used, as in importlib's documentation: --predict needs none.
 spec = importlib.util.find_spec("pandas")
 spec.loader = importlib.util.LazyLoader(spec.loader)
 sys.modules["pandas"] = pd = importlib.util.module_from_spec(spec)
@@ -95,14 +96,14 @@ spec.loader.exec_module(pd)
 # the most frequent pair of neighbors in a large text a new token, and repeat that 50,000 times.
 # With <|endoftext|>, which stands between documents, that makes 50,257 tokens.
 #
-# OpenAI published four sizes of one design. Only depth and width differ; a head has 64 channels.
+# OpenAI published four sizes of one design. Only depth and width differ; all heads of attention
+# have 64 channels.
 # A block has 12 C² weights, 4 C² in attention and 8 C² in the MLP: 7.08M in GPT-2 small.
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     n_layer: int  # number of blocks
-    n_head: int
     n_embd: int  # C, the width of the vectors between the blocks
     block_size: int = 1024  # longest text in tokens: there is one learned vector per position
     vocab_size: int = 50257
@@ -112,13 +113,13 @@ class GPTConfig:
 
 ROBERTA = {"block_size": 512, "vocab_size": 50265, "causal": False, "roberta": True}
 SIZES = {
-    "gpt2-nano": GPTConfig(4, 2, 128, vocab_size=257),  # our own, for any machine; reads bytes
-    "gpt2-small": GPTConfig(12, 12, 768),  # 124M parameters
-    "gpt2-medium": GPTConfig(24, 16, 1024),  # 355M
-    "gpt2-large": GPTConfig(36, 20, 1280),  # 774M
-    "gpt2-xl": GPTConfig(48, 25, 1600),  # 1,558M
-    "roberta-base": GPTConfig(12, 12, 768, **ROBERTA),  # 124M
-    "roberta-large": GPTConfig(24, 16, 1024, **ROBERTA),  # 355M
+    "gpt2-nano": GPTConfig(4, 128, vocab_size=257),  # our own, for any machine; reads bytes
+    "gpt2-small": GPTConfig(12, 768),  # 124M parameters
+    "gpt2-medium": GPTConfig(24, 1024),  # 355M
+    "gpt2-large": GPTConfig(36, 1280),  # 774M
+    "gpt2-xl": GPTConfig(48, 1600),  # 1,558M
+    "roberta-base": GPTConfig(12, 768, **ROBERTA),  # 124M
+    "roberta-large": GPTConfig(24, 1024, **ROBERTA),  # 355M
 }
 
 
@@ -134,7 +135,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.n_head = config.n_embd, config.n_head
+        C, self.n_head = config.n_embd, config.n_embd // 64
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C) for _ in range(4))
 
     def forward(self, x, mask, pool=slice(None)):
@@ -155,8 +156,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each token by itself, (T, C) -> (T, C). Without a non-linearity in between, two
-    matrices are no more than one. GELU, x * (share of a normal distribution below x), is a smooth
+    """Works on each token by itself, (T, C) -> (T, C). Without a non-linearity in between, one
+    matrix could replace the two. GELU, x * (share of a normal distribution below x), is a smooth
     max(x, 0); GPT-2 was trained with an approximation of it by tanh."""
 
     def __init__(self, config):
@@ -204,7 +205,7 @@ class Example:
     x: torch.Tensor | None = None  # features, once the frozen blocks have run
 
 
-# Texts differ in length. The usual answer is padding: all texts of a batch are filled up to the
+# Texts differ in length. The usual answer is padding: all texts are filled up to the length of the
 # longest. The messages of the article have 31 tokens on average and 120 at most, so three quarters
 # of its batches are padding. Here, texts are packed end to end instead:
 #
@@ -269,7 +270,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
-        # As nn.Embedding(rows, C), which in `build` would take a second: it draws random numbers.
+        # As nn.Embedding(rows, C), whose random numbers take a second, even without memory (build).
         table = nn.Embedding.from_pretrained
         self.wte = table(torch.empty(config.vocab_size, C), freeze=False)  # which token it is
         self.wpe = table(torch.empty(config.block_size, C), freeze=False)  # where it stands
@@ -298,8 +299,8 @@ class GPT(nn.Module):
     # is pooled, that is a fifth of the work.
 
     def run_blocks(self, x, row, start, stop):
-        """x (T, C) -> x (T, C), from before block `start` to before block `stop`. The last block
-        ends with pooling: (N, C). If start == stop, x stays as it is."""
+        """Runs the blocks from `start` to `stop` - 1: x (T, C) -> (T, C). After the model's last
+        block, x is pooled: (N, C)."""
         mask = row.mask(self.config.causal)
         for block in self.h[start:stop]:
             if block is not self.h[-1]:
@@ -341,7 +342,7 @@ class GPT(nn.Module):
 
 
 class Encoder:
-    """Turns texts into Examples. After that, no code needs to know how texts are cut, padded or
+    """Turns texts into Examples. After that, training need not know how texts are cut, padded or
     pooled.
 
     `tokenizer` is a tiktoken.Encoding, `table` maps its ids to RoBERTa's (or is None), `texts` are
@@ -359,7 +360,8 @@ class Encoder:
             self.pad_to = min(self.max_length, max(map(len, self.tokens(texts))))
         if max(self.max_length, self.pad_to) > config.block_size:
             raise Fault(f"this model reads at most {config.block_size} tokens of a text")
-        self.max_length = min(self.max_length, self.pad_to or self.max_length)
+        if self.pad_to:
+            self.max_length = min(self.max_length, self.pad_to)
 
     def tokens(self, texts):
         """A list of texts -> a list of id lists, not cut yet."""
@@ -415,8 +417,8 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-# --trainable_layers: how many of the last blocks are trained, with ln_f if there are any (None: not
-# a matter of blocks). The head is always trained.
+# --trainable_layers: how many of the last blocks are trained; if at least one, ln_f too. None: all
+# weights, or LoRA's matrices. The head is always trained.
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "all": None, "lora": None}
 
 
@@ -495,7 +497,7 @@ def pack(examples, budget):
 @torch.no_grad()
 def cache_features(model, examples, args):
     """Stores the frozen blocks' output in each Example: x (T, C), or (1, C) if all are frozen. Not
-    with --no_feature_cache, and not if it takes more than half of the free memory."""
+    with --no_feature_cache, and not if (T, C) would take more than half of the free memory."""
     n, n_layer = model.n_frozen, model.config.n_layer
     for example in examples:
         example.x = None  # another seed's random weights may have left features here
@@ -518,7 +520,8 @@ def cache_features(model, examples, args):
         lengths = [len(e.ids) if n < n_layer else 1 for e in group]
         for example, features in zip(group, x.split(lengths)):
             example.x = features
-    texts, seconds = f"{len(examples):,} texts ({tokens:,} tokens)", time.perf_counter() - start
+    texts = f"{len(examples):,} texts ({tokens:,} tokens)"
+    seconds = time.perf_counter() - start
     say("frozen", f"{n} of {n_layer} blocks, once for all {texts}   {seconds:.1f} s")
 
 
@@ -622,11 +625,13 @@ def baselines(texts, true, n_labels):
     1e-4. Nothing in it is random.
     """
     # "" is in every text, so its weight is the bias.
-    words = {part: [{"", *re.findall(r"\w+", text)} for text in texts[part]] for part in texts}
+    words, bags = {}, {}
+    labels = {part: torch.tensor(true[part]) for part in true}
+    for part in ("train", "test"):
+        words[part] = [{"", *re.findall(r"\w+", text)} for text in texts[part]]
     number = {word: i for i, word in enumerate(sorted(set().union(*words["train"])))}
-    bags, labels = {}, {part: torch.tensor(true[part]) for part in true}
-    for part in texts:  # ids of the words of all texts, end to end, and where each text starts
-        ids = [sorted(number[w] for w in text if w in number) for text in words[part]]
+    for part, sets in words.items():  # the words of all texts, end to end, and where a text starts
+        ids = [sorted(number[word] for word in found if word in number) for found in sets]
         starts = torch.tensor([0, *map(len, ids)]).cumsum(0)[:-1]
         bags[part] = torch.tensor(list(itertools.chain(*ids))), starts
     model = nn.EmbeddingBag(len(number), n_labels, mode="sum")  # adds up the weights of the words
@@ -646,8 +651,9 @@ def baselines(texts, true, n_labels):
 #
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
 # with name, type, shape and place of each tensor; then the numbers. The file is mapped into memory:
-# 548 MB "load" in milliseconds, and come from disk when first used. It is data, never code, and
-# most mistakes in it end in an error of Python or torch. https://huggingface.co/docs/safetensors
+# 548 MB "load" in milliseconds, and come from disk when first used. It holds data, no code; a
+# damaged one mostly raises an error, which `blame` turns into a Fault.
+# https://huggingface.co/docs/safetensors
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
@@ -669,6 +675,7 @@ def blame(what):
 def read_safetensors(path):
     """A safetensors file -> ({name: tensor}, {str: str} metadata). Raises Fault."""
     with open(path, "rb") as file, blame(f"{path} is not a complete safetensors file"):
+        # COPY: whatever is done to the tensors, the file stays as it is.
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         start = 8 + int.from_bytes(data[:8], "little")
         header, tensors = json.loads(bytes(data[8:start])), {}
@@ -709,7 +716,7 @@ def write_safetensors(path, tensors, info):
     with replacing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 # What may be downloaded. The variable TORCH_HOME moves the folder, HF_ENDPOINT names another hub.
@@ -781,14 +788,13 @@ def config_of(weights, causal=True):
     if C % 64 or n_layer == 0:
         raise ValueError(f"{n_layer} blocks of width {C}, but heads have 64 channels")
     roberta = "ln_e.weight" in weights
-    causal = causal and not roberta
-    return GPTConfig(n_layer, C // 64, C, block_size, vocab_size, causal, roberta)
+    return GPTConfig(n_layer, C, block_size, vocab_size, causal and not roberta, roberta)
 
 
 def build(config, weights=None):
-    """A GPT around {name: tensor}, used in place. None: random ones as in the GPT-2 paper, normal
-    with standard deviation 0.02, and the two c_proj of a block, which add to the residual stream,
-    scaled down by sqrt(2 n_layer). Raises ValueError, RuntimeError."""
+    """A GPT around {name: tensor}, used in place. None: random ones as for GPT-2, normal with
+    standard deviation 0.02, and the two c_proj of a block, which are added to x, scaled down by
+    sqrt(2 n_layer). Raises KeyError, RuntimeError."""
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     if weights is None:
@@ -852,13 +858,13 @@ def get_tokenizer(vocab_size):
 # test. pandas must leave cells as they are: by default it takes the text "NA" for a missing one
 # and the label "007" for the number 7.
 
-PARTS = {"train": ["train"], "validation": ["validation", "val", "valid", "dev"], "test": ["test"]}
+PARTS = {"train": "train", "validation": "validation val valid dev", "test": "test"}
 KINDS = (".csv", ".tsv", ".jsonl")
 
 
 def read_table(path):
-    """Yields a csv, tsv or jsonl file as DataFrames of up to 1,000 rows, dtype object: files of any
-    length take the same memory. Raises Fault."""
+    """Yields a csv, tsv or jsonl file as DataFrames of up to 1,000 rows, dtype object, since a file
+    may not fit in memory. Raises Fault."""
     kind = Path(path).suffix.lower()
     if kind not in KINDS:
         raise Fault(f"{path} is not a table: its name must end in {' or '.join(KINDS)}")
@@ -932,15 +938,16 @@ def read_data(args):
     text or label are left out. Raises Fault."""
     path, instead = Path(args.data), "name a file of your own with --data"
     if is_sms(args.data):  # label, tab, message; a quotation mark is an ordinary character
-        if args.data == "sms":
-            archive = zipfile.ZipFile(download(SMS_URL, CACHE / "sms.zip", SMS_SHA256, instead))
-            path = archive.open("SMSSpamCollection")
-        how = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": object, "keep_default_na": False}
         with blame(f"{args.data} is not the SMS Spam Collection"):
-            frame = pd.read_csv(path, names=["label", "text"], **how)
+            if args.data == "sms":
+                archive = zipfile.ZipFile(download(SMS_URL, CACHE / "sms.zip", SMS_SHA256, instead))
+                path = archive.open("SMSSpamCollection")
+            how = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": object}
+            frame = pd.read_csv(path, names=["label", "text"], keep_default_na=False, **how)
+            frame = frame.fillna("")
     elif args.data == "imdb":  # 50,000 movie reviews; their test half stays the test part
         rows, path = [], download(IMDB_URL, CACHE / "imdb.tar.gz", IMDB_SHA256, instead)
-        with tarfile.open(path) as archive:
+        with blame(f"{path} is damaged: delete it"), tarfile.open(path) as archive:
             for member in archive:
                 if match := re.fullmatch(r"aclImdb/(train|test)/(pos|neg)/.*", member.name):
                     rows.append((*match.groups(), archive.extractfile(member).read().decode()))
@@ -952,6 +959,7 @@ def read_data(args):
     elif path.is_dir():
         tables = []
         for part, stems in PARTS.items():
+            stems = stems.split()
             files = [f for f in path.iterdir() if f.stem in stems and f.suffix.lower() in KINDS]
             if len(files) != 1:
                 names = " or ".join(stems)
@@ -960,7 +968,6 @@ def read_data(args):
         frame = pd.concat(tables, ignore_index=True)
     else:
         frame = read_texts(path, args)
-    frame = frame.where(frame.notna(), "")
     keep = (frame["text"].str.strip() != "") & (frame["label"] != "")
     if not keep.all():
         say("data", f"{(~keep).sum():,} rows without text or label are left out")
@@ -977,7 +984,9 @@ def split_data(frame, args):
     given = frame[frame["part"] != "train"] if "part" in frame else frame[:0]
     frame = frame.drop(given.index)
     found = set(frame["label"])
-    labels = sorted(sorted(found), key=int if all(map(str.isdecimal, found)) else str)
+    labels = sorted(found)
+    if all(map(str.isdecimal, found)):
+        labels.sort(key=int)
     if len(labels) < 2:
         raise Fault(f"{args.data} needs at least two labels, not {labels}: see --label_column")
     if args.balance:  # drawn as in the article
@@ -1021,8 +1030,8 @@ def split_data(frame, args):
 #
 # After each epoch, a run saves what it needs to continue: trained weights, AdamW's averages, and
 # its results so far. There is no random state to save, since the order of the texts follows from
-# seed and epoch. So a run may be killed at any moment: on the same machine, --resume leads to the
-# same classifier file, bit for bit.
+# seed and epoch. So a run may be killed at any moment after its first epoch: on the same machine,
+# --resume leads to the same classifier file, bit for bit.
 
 
 def fit(model, optimizer, examples, seed, done, args):
@@ -1033,7 +1042,7 @@ def fit(model, optimizer, examples, seed, done, args):
         start = time.perf_counter()
         train = train_epoch(model, optimizer, examples["train"], seed, epoch, args)
         validation = score(probabilities(model, examples["validation"], args), true)
-        seconds = round(time.perf_counter() - start, 3)
+        seconds = time.perf_counter() - start
         entry = {"seed": seed, "epoch": epoch, "examples_seen": epoch * len(examples["train"])}
         entry |= dict(zip(("train_loss", "train_accuracy"), train))
         entry |= dict(zip(("validation_loss", "validation_accuracy"), validation))
@@ -1077,14 +1086,16 @@ def plot(path, history):
 def train(args):
     """--train: read, encode, finetune, report, save. Returns a row for a table of results."""
     check_outputs(args)
-    began, first = time.perf_counter(), process()[0] == 0  # the first process writes the files
+    began = time.perf_counter()
+    rank, world = process()
+    first = rank == 0  # this process writes the files
     config, weights = starting_point(args)  # what has to be downloaded comes first
-    tokenizer = get_tokenizer(config.vocab_size)
+    encoding, table = get_tokenizer(config.vocab_size)
     parts, labels = split_data(read_data(args), args)
 
     texts = {part: df["text"].tolist() for part, df in parts.items()}
     true = {part: list(map(labels.index, df["label"])) for part, df in parts.items()}
-    encoder = Encoder(config, *tokenizer, args, texts["train"])
+    encoder = Encoder(config, encoding, table, args, texts["train"])
     examples = {part: encoder.examples(texts[part], true[part]) for part in parts}
     commonest, bag = baselines(texts, true, len(labels))
     say("baseline", f"always the commonest label {commonest:.1%}; bag of words {bag:.1%} (test)")
@@ -1106,21 +1117,20 @@ def train(args):
         say("note", f"{unfinished} will be replaced: --resume would continue that run")
 
     # A seed decides the head, random weights and the order of texts; the split is always the same.
-    # So the deviation over seeds shows the chance in training; the 95% interval of an accuracy
-    # shows the chance in which texts are in the test part.
+    # So the deviation over seeds measures luck in training. The 95% interval of an accuracy
+    # measures luck in the choice of the test texts.
     for n, seed in enumerate(args.seed[len(done["accuracies"]) :]):
         torch.manual_seed(seed)
         model = build(config, weights)
         base = model.state_dict()
         model = make_classifier(model, len(labels), args)
-        every = sum(p.numel() for p in model.parameters()) / 1e6
-        some = sum(p.numel() for p in model.trained().values()) / 1e6
+        n_all = sum(p.numel() for p in model.parameters()) / 1e6
+        n_trained = sum(p.numel() for p in model.trained().values()) / 1e6
         if n == 0:
-            shown = f"{args.model_size or 'checkpoint'}, {args.weights}, {every:,.1f}M parameters"
+            shown = f"{args.model_size or 'checkpoint'}, {args.weights}, {n_all:,.1f}M parameters"
             dtype = f"; frozen blocks in {args.dtype}" if model.n_frozen else ""
-            say("model", f"{shown}, {some:,.2f}M trained ({args.trainable_layers}){dtype}")
+            say("model", f"{shown}, {n_trained:,.2f}M trained ({args.trainable_layers}){dtype}")
         if n == 0 or weights is None:  # features of the same weights serve all seeds
-            rank, world = process()
             cache_features(model, [e for part in parts for e in examples[part][rank::world]], args)
         how = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(model.trained().values(), **how)
@@ -1155,9 +1165,9 @@ def train(args):
         unfinished.unlink()
         size = f"{os.path.getsize(args.classifier) / 1e6:,.1f} MB"
         say("saved", f"{args.classifier} (seed {args.seed[0]}, {size}), {seconds:.0f} s in all")
-        flags = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip(" -")]
-        say("try", f"python {os.path.relpath(__file__)} {shlex.join(flags)}")
-    row = {"trained": some, "test": mean, "sd": sd, "low": low, "high": high}
+        words = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip(" -")]
+        say("try", f"python {os.path.relpath(__file__)} {shlex.join(words)}")
+    row = {"trained": n_trained, "test": mean, "sd": sd, "low": low, "high": high}
     return row | {"bag_of_words": bag, "seeds": len(args.seed), "seconds": round(seconds, 1)}
 
 
@@ -1219,17 +1229,14 @@ class Classifier:
     """The classifier in the file args.classifier. Raises Fault if it is not one."""
 
     def __init__(self, args):
-        self.args = args
         if not Path(args.classifier).exists():
             raise Fault(f"there is no classifier {args.classifier}: train one with --train")
         tensors, metadata = read_safetensors(args.classifier)
         with blame(f"{args.classifier} is not a classifier of this tool"):
             info = json.loads(metadata["gpt_classify"])
-            here = {"device": args.device, "dtype": args.dtype}
+            here = {flag: getattr(args, flag) for flag in ("device", "dtype", "tokens_per_row")}
             self.labels, self.flags = info["labels"], argparse.Namespace(**info["flags"] | here)
             self.training_texts = set(tensors.pop("training_texts").tolist())
-            if len(self.labels) != len(tensors["head.weight"]):
-                raise ValueError("head and labels do not fit")
             if self.flags.weights == "pretrained":
                 config, weights = starting_point(self.flags)
             else:
@@ -1243,7 +1250,7 @@ class Classifier:
     def __call__(self, texts):
         """A list of N texts -> (N, K) probabilities."""
         examples = self.encoder.examples([text or " " for text in texts], [-1] * len(texts))
-        return probabilities(self.model, examples, self.args)
+        return probabilities(self.model, examples, self.flags)
 
     def answers(self, texts):
         """[(label, probability)], as strings; empty ones for a text without content."""
@@ -1259,7 +1266,7 @@ def predict(args):
             print("type a text and press Enter; Ctrl-D ends", file=sys.stderr)
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     for text in texts:
-        ((label, probability),) = classifier.answers([text])
+        [(label, probability)] = classifier.answers([text])
         print(printable(label), probability, printable(text), sep="\t", flush=True)
 
 
@@ -1277,9 +1284,10 @@ def predict_file(args):
     for n, chunk in enumerate(itertools.chain([first], chunks)):
         if late := set(chunk) - set(first):
             raise Fault(f"{path}: the column {min(late)!r} is not in the first 1,000 rows")
+        chunk = chunk.reindex(columns=first.columns)
         answers = classifier.answers([t if isinstance(t, str) else "" for t in chunk[column]])
         answers = pd.DataFrame(answers, chunk.index, added, dtype=object)
-        table = pd.concat([chunk.reindex(columns=first.columns), answers], axis=1)
+        table = pd.concat([chunk, answers], axis=1)
         table = table.where(table.notna(), "").rename(columns=show)
         table = table.map(lambda cell: show(cell if isinstance(cell, str) else json.dumps(cell)))
         # All cells are quoted: before Python 3.13, csv forgets to quote a lone carriage return.
@@ -1287,6 +1295,7 @@ def predict_file(args):
         sys.stdout.flush()
 
 
+@torch.no_grad()
 def trace(args):
     """--trace: what a classifier believes after each token. One forward pass is enough: under the
     causal mask, a token's hidden state is that of a text which ends there."""
@@ -1295,11 +1304,10 @@ def trace(args):
     if not encoder.causal or encoder.position == "first" or encoder.pad_to:
         raise Fault("--trace needs a causal model that does not pool at the first token or padding")
     (example,) = encoder.examples([args.trace or " "], [-1])
-    with torch.no_grad():
-        hidden = classifier.model.hidden(Row.of([example], args.device))  # (T, C)
-        if encoder.position == "mean":
-            hidden = hidden.cumsum(0) / torch.ones_like(hidden).cumsum(0)
-        probs = classifier.model.head(hidden).float().softmax(1).cpu()
+    hidden = classifier.model.hidden(Row.of([example], args.device))  # (T, C)
+    if encoder.position == "mean":
+        hidden = hidden.cumsum(0) / torch.ones_like(hidden).cumsum(0)
+    probs = classifier.model.head(hidden).float().softmax(1).cpu()
     for token, p in zip(example.ids.tolist(), probs):
         piece = encoder.tokenizer.decode_single_token_bytes(token)
         text = printable(piece.decode(errors="replace"))
@@ -1316,10 +1324,10 @@ def evaluate(args):
         for flag in ("data", "text_column", "label_column"):
             setattr(args, flag, getattr(classifier.flags, flag))
     frame = read_data(args)
-    seen = [h in classifier.training_texts for h in hashes(frame["text"]).tolist()]
-    frame = frame[[not known for known in seen]]
-    counts = f"{len(frame):,} texts; {sum(seen):,} left out: the classifier was trained on them"
-    say("data", f"{args.data}: {counts}")
+    new = [h not in classifier.training_texts for h in hashes(frame["text"]).tolist()]
+    frame = frame[new]
+    seen = f"{new.count(False):,} left out: the classifier was trained on them"
+    say("data", f"{args.data}: {sum(new):,} texts; {seen}")
     if frame.empty:
         raise Fault(f"{args.data} has no labeled text that is new to the classifier")
     with blame(f"{args.data} has a label that the classifier does not know"):
@@ -1338,8 +1346,9 @@ def evaluate(args):
 @torch.no_grad()
 def generate(args):
     """--generate: continues a text with the language model, with the likeliest token each time.
-    English shows that weights and mapping are right: with a matrix transposed, there is none. (Each
-    step computes the whole text again. Who generates much keeps the earlier keys and values.)"""
+    If the result is English, weights and mapping are right: one transposed matrix gives nonsense.
+    (Each step computes the whole text again. To generate much, one keeps earlier keys and values.)
+    """
     config, weights = starting_point(args)
     if not config.causal:
         raise Fault("--generate needs a causal model: no other predicts the next token")
@@ -1360,8 +1369,6 @@ def generate(args):
 
 # ------------------------------------------------------------------------------------------------
 # 9. Messages and the command line
-#
-# A run talks like this: results go to standard output, everything else to standard error.
 
 
 class Fault(Exception):
@@ -1375,8 +1382,7 @@ def printable(text):
 
 
 def process():
-    """(rank, world size): the number of this process, and how many there are. (0, 1) unless
-    torchrun started several, which share the work: text i is for process i % world."""
+    """(rank, world): see section 3. Without torchrun, (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1442,10 +1448,10 @@ def make_parser():
     add("--data", help="sms, imdb, stdlib, a csv, tsv, jsonl, a folder (sms)")
     add("--text_column", metavar="NAME", default="text", help="(text)")
     add("--label_column", metavar="NAME", default="label", help="(label)")
-    add("--balance", action=argparse.BooleanOptionalAction, help="as many of each label (sms only)")
+    add("--balance", action=argparse.BooleanOptionalAction, help="as many of each label (for sms)")
     add("--dedupe", **switch, help="drop repeated texts before splitting")
     add("--max_length", metavar="N", type=int, help="cut texts to N tokens (model's limit)")
-    add("--pad_to", metavar="N", default="0", help="padding to N tokens, or longest (0: none)")
+    add("--pad_to", metavar="N", default="0", help="pad or cut to N tokens, or longest (0: none)")
 
     add = parser.add_argument_group("model").add_argument
     short = {"type": lambda name: name.split(" ")[0]}  # the article says "gpt2-small (124M)"
@@ -1456,7 +1462,7 @@ def make_parser():
     add("--trainable_token_pos", choices=positions, help="pooling (last; RoBERTa: first)")
     add("--trainable_layers", choices=TRAINED_BLOCKS, default="last_block", help="(last_block)")
     add("--lora_rank", metavar="R", type=int, default=8, help="(8)")
-    add("--lora_alpha", metavar="A", type=float, default=8.0, help="LoRA adds A / R times B A (8)")
+    add("--lora_alpha", metavar="A", type=float, default=8.0, help="LoRA is scaled by A / R (8)")
 
     add = parser.add_argument_group("training").add_argument
     rows = range(1, len(EXPERIMENTS) + 1)
@@ -1476,7 +1482,7 @@ def make_parser():
     add("--tokens_per_row", metavar="N", type=int, help="of packed rows (CPU 384, else 2048)")
     add("--no_feature_cache", **switch, help="run the frozen blocks in every epoch")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of frozen blocks (what is faster)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of frozen blocks; on CUDA, of all")
     add("--max_new_tokens", metavar="N", type=int, default=25, help="of --generate (25)")
     add("--classifier", metavar="FILE", help="(classifier.safetensors)")
     return parser
@@ -1520,8 +1526,8 @@ def parse(argv):
         torch.empty(0, device=args.device)
     if args.dtype is None:
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if args.device == "cpu" else {}
-        fast = args.device == "cuda" and torch.cuda.is_bf16_supported() or cpu.get("avx512_bf16")
-        args.dtype = "bfloat16" if fast else "float32"
+        cuda = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if cuda or cpu.get("avx512_bf16") else "float32"
     args.tokens_per_row = args.tokens_per_row or (384 if args.device == "cpu" else 2048)
     return args
 
@@ -1529,7 +1535,8 @@ def parse(argv):
 def check_outputs(args):
     """Raises Fault if --train could not write its files, or would destroy something: a file that it
     reads, another one of its own, or a file under the classifier's name that is not one."""
-    taken = {Path(name).resolve() for name in (args.data, args.weights, *Path(args.data).glob("*"))}
+    tables = [f for f in Path(args.data).glob("*") if f.stem in " ".join(PARTS.values()).split()]
+    taken = {Path(name).resolve() for name in (args.data, args.weights, *tables)}
     ours = [args.classifier, f"{args.classifier}.resume"] if args.classifier else []
     for name in [*ours, *filter(None, (args.log, args.plot))]:
         path = Path(name).resolve()
@@ -1545,9 +1552,11 @@ def check_outputs(args):
 
 
 def main(argv=None):
-    """Runs one action. Returns the exit status: 0; 2 after a fault; 130 if interrupted."""
+    """Runs one action. Returns the exit status: 0; 2 after a fault; 130 if interrupted; 141 if the
+    reader of our output went away."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
-    argv, args = sys.argv[1:] if argv is None else argv, None
+    args = None
+    argv = sys.argv[1:] if argv is None else argv
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -1568,7 +1577,7 @@ def main(argv=None):
         resumable = args and args.train and Path(f"{args.classifier}.resume").exists()
         print("\nstopped" + (again if resumable else ""), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as in `| head`
+    except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
     except (Fault, OSError, MemoryError, RuntimeError) as error:
