@@ -878,7 +878,8 @@ def read_table(path):
         header, separator = file.readline(), "," if kind == ".csv" else "\t"
         for other in ",;\t" if separator not in header else "":
             if other in header:
-                raise Fault(f"{path} seems to separate cells by {other!r}, not by {separator!r}")
+                way_out = "name it .tsv" if other == "\t" else f"save it with {separator!r}"
+                raise Fault(f"{path} seems to separate cells by {other!r}: {way_out}")
         file.seek(0)
         how = {"sep": separator, "dtype": object, "keep_default_na": False, "chunksize": 1000}
         for frame in pd.read_csv(file, **how):
@@ -1423,7 +1424,7 @@ OFFLINE += " --learning_rate 1e-3 --num_epochs 3"
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
-        near = difflib.get_close_matches(word, self._option_string_actions, 1)
+        near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.75)
         raise Fault(message + (f": do you mean {near[0]}?" if near else " (see --help)"))
 
 

@@ -1196,9 +1196,9 @@ TRAIN t.csv | has the columns 'Text', 'TEXT', 'label', not 'text' | Text,TEXT,la
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | rows have more cells than its header | text,label\nx,a,b\n
 TRAIN t.csv | EOF inside string | text,label\n"x,a\n
-TRAIN t.csv | seems to separate cells by ';', not by ',' | text;label\nx, y;a\n
-TRAIN t.csv | seems to separate cells by '\t', not by ',' | text\tlabel\nx\ta\n
-TRAIN t.tsv | seems to separate cells by ',', not by '\t' | text,label\nx,a\n
+TRAIN t.csv | seems to separate cells by ';': save it with ',' | text;label\nx, y;a\n
+TRAIN t.csv | seems to separate cells by '\t': name it .tsv | text\tlabel\nx\ta\n
+TRAIN t.tsv | seems to separate cells by ',': save it with '\t' | text,label\nx,a\n
 TRAIN t.jsonl | t.jsonl cannot be read as jsonl | {"text": "x", "label": "a"}\n[3]\n
 TRAIN t.csv | needs at least two labels, not ['a'] | text,label\nx,a\ny,a\n
 TRAIN t.csv | 3 texts with 3 labels leave none for validation: add | text,label\nx,a\ny,b\nz,c\n
