@@ -596,9 +596,10 @@ def interval(accuracy, n):
 
 
 def report(name, probs, true, labels):
-    """Prints and returns the accuracy. For each label, it prints precision (how many of the texts
-    classified as this label have it), recall (how many of the texts with this label are classified
-    as it), F1 (the harmonic mean of the two), and how its texts were classified."""
+    """Prints the accuracy and, for each label, precision (how many of the texts classified as this
+    label have it), recall (how many of the texts with this label are classified as it), F1 (the
+    harmonic mean of the two), and how its texts were classified. Returns a list of N numbers, 1 for
+    a text that is classified correctly, else 0."""
     loss, accuracy = score(probs, true)
     pairs = torch.bincount(true * len(labels) + probs.argmax(1), minlength=len(labels) ** 2)
     confusion = pairs.view(len(labels), -1)
@@ -614,12 +615,13 @@ def report(name, probs, true, labels):
     for j, label in enumerate(table.index if len(labels) <= 8 else ()):
         table[f"as {label}"] = confusion[:, j].tolist()
     say("", *table.to_string().split("\n"))
-    return accuracy
+    return (probs.argmax(1) == true).long().tolist()
 
 
 def baselines(texts, true, n_labels):
-    """What is possible without a GPT: the test accuracies of (always the commonest label in
-    training, a bag of words), from {part: list of texts} and {part: list of label numbers}.
+    """What is possible without a GPT, from {part: list of texts} and {part: list of label numbers}:
+    {name: (N,) float64, 1 for each of the N test texts that it classifies correctly} of always the
+    commonest label in training, and of a bag of words.
 
     The bag of words is a logistic regression on the set of words in a text, with an L2 penalty of
     1e-4. Nothing in it is random.
@@ -642,8 +644,22 @@ def baselines(texts, true, n_labels):
         loss = F.cross_entropy(model(*bags["train"]), labels["train"])
         (loss + 1e-4 * model.weight.square().sum()).backward()
         optimizer.step()
-    commonest = (labels["test"] == labels["train"].mode().values).double().mean().item()
-    return commonest, score(model(*bags["test"]).detach().softmax(1), labels["test"])[1]
+    answers = {"commonest label": labels["train"].mode().values}
+    answers["bag of words"] = model(*bags["test"]).argmax(1)
+    return {name: (answer == labels["test"]).double() for name, answer in answers.items()}
+
+
+def verdict(right, baselines):
+    """A line that compares a classifier with the best baseline: (N,) tensors as from `baselines`,
+    of several seeds the mean. Both saw the same texts, so only those count that one of them alone
+    gets right: if chance decided about them, McNemar's test (1947) would say "not distinguishable"
+    19 times in 20."""
+    name, other = max(baselines.items(), key=lambda item: item[1].mean())
+    ours, theirs = (right * (1 - other)).sum(), (other * (1 - right)).sum()
+    certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)
+    word = ("above" if ours > theirs else "below") if certain else "not distinguishable from"
+    counts = f"{ours:.0f} texts right only here, {theirs:.0f} only there"
+    return f"{word} the {name} ({other.mean():.1%}): {counts}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -734,7 +750,7 @@ IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 def download(url, path, sha256, instead):
     """The path of a file, downloaded if it is not there. torch.hub gives it this name only once its
     sha256 is right (None: we do not know it). Raises Fault."""
-    way_out = f"try again, {instead}, or --train --offline, which downloads nothing"
+    way_out = f"try again, put it at {path}, {instead}, or see --offline"
     with blame(f"could not download {url}: {way_out}"):
         if not path.exists():
             socket.setdefaulttimeout(30)  # seconds that a server may be silent
@@ -844,7 +860,7 @@ def get_tokenizer(vocab_size):
     if vocab_size != ROBERTA["vocab_size"]:
         return tokenizer, None
     path = CACHE / "roberta-dict.txt"
-    download(ROBERTA_URL, path, ROBERTA_SHA256, f"put the file at {path}")
+    download(ROBERTA_URL, path, ROBERTA_SHA256, "use a GPT-2 model")
     # A line holds GPT-2's number of a token, and a count. The token of the first line has RoBERTa's
     # number 4, the next one 5, and so on; 0 to 3 are <s>, <pad>, </s> and <unk>.
     words = [line.split()[0] for line in path.read_text().splitlines()]
@@ -869,7 +885,7 @@ def read_table(path):
     if kind not in KINDS:
         raise Fault(f"{path} is not a table: its name must end in {' or '.join(KINDS)}")
     what = blame(f"{path} cannot be read as {kind[1:]} in UTF-8")
-    with what, open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file, what:
         if kind == ".jsonl":
             lines = filter(str.strip, file)
             while chunk := list(itertools.islice(lines, 1000)):
@@ -1010,7 +1026,7 @@ def split_data(frame, args):
     for part, table in parts.items():
         if table.empty:
             few = f"{len(frame):,} texts with {len(labels):,} labels leave none for {part}"
-            raise Fault(f"{args.data}: {few}: add texts, or see --label_column")
+            raise Fault(f"{args.data}: {few}: 10 of each are enough; or see --label_column")
         if unknown := set(table["label"]) - found:
             raise Fault(f"{args.data}: {part} has the label {min(unknown)!r}, training has not")
         if missing := found - set(table["label"]):
@@ -1098,29 +1114,32 @@ def train(args):
     true = {part: list(map(labels.index, df["label"])) for part, df in parts.items()}
     encoder = Encoder(config, encoding, table, args, texts["train"])
     examples = {part: encoder.examples(texts[part], true[part]) for part in parts}
-    commonest, bag = baselines(texts, true, len(labels))
+    simple = baselines(texts, true, len(labels))
+    commonest, bag = (right.mean().item() for right in simple.values())
     say("baseline", f"always the commonest label {commonest:.1%}; bag of words {bag:.1%} (test)")
 
     flags = {flag: value for flag, value in vars(args).items() if flag not in NO_EFFECT}
-    flags["data_sha256"] = hashlib.sha256(json.dumps([texts, true]).encode()).hexdigest()
-    done = {"flags": flags, "epoch": 0, "history": [], "accuracies": []}
+    flags["data with sha256"] = hashlib.sha256(json.dumps([texts, true]).encode()).hexdigest()
+    done = {"flags": flags, "epoch": 0, "history": [], "right": []}
     unfinished, tensors = Path(f"{args.classifier}.resume"), None
     if args.resume:
+        if not unfinished.exists():
+            raise Fault(f"there is no unfinished run {unfinished}: leave out --resume")
         tensors, metadata = read_safetensors(unfinished)
         with blame(f"{unfinished} is not an unfinished run"):
-            done = json.loads(metadata["gpt_classify"])
+            saved = json.loads(metadata["gpt_classify"])
+            done["epoch"] = int(saved["epoch"])
+            done["history"], done["right"] = list(saved["history"]), list(saved["right"])
             for flag, now in flags.items():
-                if (before := done["flags"][flag]) != now:
+                if (before := saved["flags"][flag]) != now:
                     raise Fault(f"the unfinished run had --{flag} {before}, not {now}")
-            seed = args.seed[len(done["accuracies"])]
+            seed = args.seed[len(done["right"])]
             say("resumed", f"after epoch {done['epoch']} of seed {seed}")
-    elif unfinished.exists():
-        say("note", f"{unfinished} will be replaced: --resume would continue that run")
 
     # A seed decides the head, random weights and the order of texts; the split is always the same.
     # So the deviation over seeds measures luck in training. The 95% interval of an accuracy
     # measures luck in the choice of the test texts.
-    for n, seed in enumerate(args.seed[len(done["accuracies"]) :]):
+    for n, seed in enumerate(args.seed[len(done["right"]) :]):
         torch.manual_seed(seed)
         model = build(config, weights)
         base = model.state_dict()
@@ -1142,7 +1161,7 @@ def train(args):
         fit(model, optimizer, examples, seed, done, args)
         probs = probabilities(model, examples["test"], args)  # once: nothing is chosen by it
         name = "test" if len(args.seed) == 1 else f"seed {seed}"
-        done["accuracies"].append(report(name, probs, torch.tensor(true["test"]), labels))
+        done["right"].append(report(name, probs, torch.tensor(true["test"]), labels))
         done["epoch"] = 0
         if args.classifier and first and seed == args.seed[0]:
             saved = model.trained() if args.weights == "pretrained" else base | model.trained()
@@ -1150,15 +1169,16 @@ def train(args):
             seen = {"training_texts": hashes(texts["train"])}
             write_safetensors(args.classifier, saved | seen, info)
 
-    accuracies = pd.Series(done["accuracies"])
-    mean, sd = accuracies.mean(), accuracies.std()  # sd of a single one: nan
-    low, high = interval(mean, len(true["test"]))
+    right = torch.tensor(done["right"], dtype=torch.float64)  # (seeds, test texts)
+    mean, sd = right.mean().item(), pd.Series(right.mean(1).tolist()).std()  # of one seed: nan
+    low, high = interval(mean, right.shape[1])
     if len(args.seed) > 1:
-        around = f"standard deviation {sd:.2%} over the seeds, 95% interval {low:.1%} to {high:.1%}"
-        say("test", f"mean accuracy {mean:.2%} ({around})")
-    best, name = max((bag, "bag of words"), (commonest, "commonest label"))
-    verdict = "above" if low > best else "below" if high < best else "not distinguishable from"
-    say("verdict", f"{verdict} the {name} ({best:.1%})")
+        around = f"standard deviation over the seeds {sd:.2%}; for the choice of test texts, 95%"
+        say("test", f"mean accuracy {mean:.2%} ({around} interval {low:.1%} to {high:.1%})")
+    say("verdict", verdict(right.mean(0), simple))
+    if low <= commonest:
+        better = "not clearly better than the commonest label"
+        say("", f"{better}: if training accuracy is low, too, try more --num_epochs")
     if args.plot and first:
         plot(args.plot, done["history"])
     seconds = time.perf_counter() - began
@@ -1209,10 +1229,11 @@ def experiments(args, argv):
     rows, status = [], 0
     for number in args.experiment:
         accuracy, what, flags = map(str.strip, EXPERIMENTS[number - 1])
-        say("row", f"{number}: {what} ({ARTICLE} {flags})")
+        flags = [*ARTICLE.split(), *flags.split(), *argv]  # of two of a kind, the last one counts
+        say("row", f"{number}: {what} ({shlex.join(flags)})")
         row = {"row": number, "what": what, "article": float(accuracy) / 100}
         try:
-            rows.append(row | train(parse([*ARTICLE.split(), *flags.split(), *argv])))
+            rows.append(row | train(parse(flags)))
         except (Fault, torch.OutOfMemoryError) as fault:  # the other rows can still run
             print(f"error: row {number}: {printable(fault)}", file=sys.stderr)
             status = 2
@@ -1274,14 +1295,14 @@ def predict(args):
 def predict_file(args):
     """--predict_file: the rows of a table with two more columns, as CSV. 1,000 rows at a time."""
     path, show = args.predict_file, printable if sys.stdout.isatty() else str
-    chunks = read_table(path)
+    classifier, chunks = Classifier(args), read_table(path)
     first = next(chunks, pd.DataFrame())
-    column, added = find_column(first, args.text_column, "text_column", path), []
+    name = args.text_column or classifier.flags.text_column
+    column, added = find_column(first, name, "text_column", path), []
     for name in ("label", "probability"):
         while name in first:
             name = f"predicted_{name}"
         added.append(name)
-    classifier = Classifier(args)
     for n, chunk in enumerate(itertools.chain([first], chunks)):
         if late := set(chunk) - set(first):
             raise Fault(f"{path}: the column {min(late)!r} is not in the first 1,000 rows")
@@ -1321,9 +1342,8 @@ def trace(args):
 def evaluate(args):
     """--evaluate: reports on labeled texts, without those that the classifier was trained on."""
     classifier = Classifier(args)
-    if args.data is None:  # the data of its training: what was not used for training is left
-        for flag in ("data", "text_column", "label_column"):
-            setattr(args, flag, getattr(classifier.flags, flag))
+    for flag in ("data", "text_column", "label_column"):  # by default, those of its training
+        setattr(args, flag, getattr(args, flag) or getattr(classifier.flags, flag))
     frame = read_data(args)
     new = [h not in classifier.training_texts for h in hashes(frame["text"]).tolist()]
     frame = frame[new]
@@ -1331,8 +1351,9 @@ def evaluate(args):
     say("data", f"{args.data}: {sum(new):,} texts; {seen}")
     if frame.empty:
         raise Fault(f"{args.data} has no labeled text that is new to the classifier")
-    with blame(f"{args.data} has a label that the classifier does not know"):
-        true = torch.tensor(list(map(classifier.labels.index, frame["label"])))
+    if unknown := set(frame["label"]) - set(classifier.labels):
+        raise Fault(f"{args.data} has the label {min(unknown)!r}, which the classifier has not")
+    true = torch.tensor(list(map(classifier.labels.index, frame["label"])))
     texts = frame["text"].tolist()
     probs = classifier(texts)
     report("test", probs, true, classifier.labels)
@@ -1447,8 +1468,8 @@ def make_parser():
 
     add = parser.add_argument_group("data").add_argument
     add("--data", help="sms, imdb, stdlib, a csv, tsv, jsonl, a folder (sms)")
-    add("--text_column", metavar="NAME", default="text", help="(text)")
-    add("--label_column", metavar="NAME", default="label", help="(label)")
+    add("--text_column", metavar="NAME", help="(text, or that of training)")
+    add("--label_column", metavar="NAME", help="(label, or that of training)")
     add("--balance", action=argparse.BooleanOptionalAction, help="as many of each label (for sms)")
     add("--dedupe", **switch, help="drop repeated texts before splitting")
     add("--max_length", metavar="N", type=int, help="cut texts to N tokens (model's limit)")
@@ -1518,7 +1539,10 @@ def parse(argv):
     args.weights = args.weights or ("random" if args.model_size == "gpt2-nano" else "pretrained")
     if args.weights in ("pretrained", "random"):
         args.model_size = args.model_size or "gpt2-small"
-    args.data = args.data or (None if args.evaluate else "sms")
+    if args.train:  # other actions know these from the classifier
+        args.data = args.data or "sms"
+        args.text_column = args.text_column or "text"
+        args.label_column = args.label_column or "label"
     if args.balance is None:
         args.balance = is_sms(args.data or "")
     best = torch.accelerator.current_accelerator(check_available=True)
@@ -1538,18 +1562,23 @@ def check_outputs(args):
     reads, another one of its own, or a file under the classifier's name that is not one."""
     tables = [f for f in Path(args.data).glob("*") if f.stem in " ".join(PARTS.values()).split()]
     taken = {Path(name).resolve() for name in (args.data, args.weights, *tables)}
-    ours = [args.classifier, f"{args.classifier}.resume"] if args.classifier else []
-    for name in [*ours, *filter(None, (args.log, args.plot))]:
-        path = Path(name).resolve()
+    outputs = [(args.log, b"seed,epoch,"), (args.plot, b"")]  # with how our files begin
+    outputs += [(args.classifier, BEGINNING), (f"{args.classifier}.resume", BEGINNING)]
+    for name, beginning in outputs if args.classifier else ():
+        if not name:
+            continue
+        path = Path(name)
         there = path.exists()
-        if path in taken:
+        if path.resolve() in taken:
             raise Fault(f"{name} is read or written by this run already: choose another name")
-        taken.add(path)
-        targets = [path.parent, path] if there else [path.parent]
+        taken.add(path.resolve())
+        targets = [path.absolute().parent, path] if there else [path.absolute().parent]
         if (there and not path.is_file()) or not all(os.access(t, os.W_OK) for t in targets):
             raise Fault(f"{name} cannot be written: choose another name or folder")
-        if name in ours and there and not path.open("rb").read(99)[8:].startswith(BEGINNING):
-            raise Fault(f"{name} is not a classifier and is not replaced: choose another name")
+        if there and beginning not in path.open("rb").read(99):
+            raise Fault(f"{name} was not written by this tool, and is not replaced: choose another")
+        if there and not args.resume:
+            say("note", f"{name} will be replaced")
 
 
 def main(argv=None):

@@ -475,7 +475,7 @@ def test_frozen_blocks_compute_in_bfloat16_and_the_rest_stays_float32(trained, r
 
 def test_the_report_shows_wilsons_interval_precision_recall_f1_and_what_was_confused(capsys):
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    assert g.report("test", probs, torch.tensor([0, 0, 1, 1]), ["ham", "spam"]) == 0.75
+    assert g.report("test", probs, torch.tensor([0, 0, 1, 1]), ["ham", "spam"]) == [1, 1, 1, 0]
     out = capsys.readouterr().out.split("\n")
     loss = -sum(map(math.log, (0.9, 0.8, 0.7, 0.4))) / 4
     expected = "test      accuracy 75.00% (95% interval 30.1% to 95.4%, 4 texts), macro F1 73.3%"
@@ -490,27 +490,22 @@ def test_the_baselines_are_the_commonest_label_and_a_bag_of_words():
     train = ["cheap prize", "cheap visit", "dear prize", "dear visit"] * 5
     texts = {"train": train, "test": ["dear me", "cheap!", "prize cheap", "unknown cheap cheap"]}
     true = {"train": [0, 0, 1, 1] * 5, "test": [1, 0, 0, 0]}
-    assert g.baselines(texts, true, 2) == (0.75, 1.0)
+    found = g.baselines(texts, true, 2)
+    assert found["commonest label"].tolist() == [0, 1, 1, 1]
+    assert found["bag of words"].tolist() == [1, 1, 1, 1]
 
 
-VERDICTS = """
-{n}{word} | 1e-3 | above the commonest label
-{n}same | 1e-3 | not distinguishable from the
-{n} {word} | 0 | below the bag of words (100.0%)
-"""
-
-
-@pytest.mark.parametrize("line", VERDICTS.strip().split("\n"))
-def test_the_verdict_compares_with_the_best_baseline(run, line):
-    text, rate, verdict = line.split(" | ")  # a bag of words knows no word that has a number in it
-    write_checkpoint("gpt2.safetensors", gpt2_file())
-    draw, rows = random.Random(0), ["text,label"]
-    for i in range(200):
-        filled = text.format(n=draw.randrange(10**9), word=("good", "poor")[i % 2])
-        rows.append(f"{filled},{'ab'[i % 2]}")
-    Path("texts.csv").write_text("\n".join(rows))
-    flags = ["--trainable_layers", "all", "--learning_rate", rate]
-    assert f"verdict   {verdict}" in run(*TRAIN, *flags)[1]
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [(6, 0, "above"), (5, 0, "not"), (14, 6, "not"), (24, 6, "above"), (3, 13, "below")],
+)
+def test_the_verdict_is_mcnemars_test_of_the_texts_that_only_one_gets_right(ours, theirs, verdict):
+    both = torch.ones(50).double()
+    right = torch.cat([both, torch.tensor([1.0] * ours + [0.0] * theirs)])
+    bag = torch.cat([both, torch.tensor([0.0] * ours + [1.0] * theirs)])
+    line = g.verdict(right, {"commonest label": bag * 0, "bag of words": bag})
+    assert re.match(rf"{verdict}( distinguishable from)? the bag of words \(", line)
+    assert line.endswith(f": {ours} texts right only here, {theirs} only there")
 
 
 # 5. Pretrained weights ----------------------------------------------------------------------------
@@ -692,7 +687,8 @@ def test_the_real_messages_are_balanced_and_split_as_in_the_article(capsys):
     assert "36 of the 300 test texts also occur in training" in capsys.readouterr().out
     texts = {part: t["text"].tolist() for part, t in parts.items()}
     true = {part: list(map(labels.index, t["label"])) for part, t in parts.items()}
-    assert g.baselines(texts, true, 2) == pytest.approx((0.497, 0.957), abs=0.005)
+    found = [right.mean().item() for right in g.baselines(texts, true, 2).values()]
+    assert found == pytest.approx([0.497, 0.957], abs=0.005)
 
 
 def test_archives_are_read_without_unpacking_them_and_the_reviews_keep_their_test_half(here):
@@ -827,7 +823,10 @@ def test_all_nineteen_rows_run_and_their_results_are_one_table(run):
     flags = ["--data", "texts.csv", "--model_size", "gpt2-nano", "--weights", "random", *HERE]
     status, out, _ = run("--train", "--num_epochs", 1, *flags, "--experiment", *range(1, 20))
     assert (status, os.listdir()) == (0, ["texts.csv"])
-    assert "(--pad_to longest --lr_schedule constant --trainable_layers all)" in out
+    assert (
+        "(--pad_to longest --lr_schedule constant --trainable_layers all --train --num_epochs"
+        in out
+    )
     rows = re.findall(r"^ +(\d+) .*? 0\.\d{4} +([\d.]+) ", out.split("\ntable ")[1], re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 20))
     size = [float(trained) for _, trained in rows]
@@ -1185,7 +1184,7 @@ FAULTS = r"""
 --predict x --classifier notes | notes is not a complete safetensors file
 --predict x --classifier gpt2.safetensors | gpt2.safetensors is not a classifier of this tool
 --predict_file t.csv | t.csv cannot be read as csv |
---evaluate --data t.csv | a label that the classifier does not know ('c' is | text,label\nx,c\n
+--evaluate --data t.csv | has the label 'c', which the classifier has not | text,label\nx,c\n
 TRAIN nowhere.csv | No such file or directory: 'nowhere.csv'
 TRAIN x.pdf | x.pdf is not a table: its name must end in .csv or .tsv or .jsonl
 TRAIN t.csv | t.csv cannot be read as csv |
@@ -1201,7 +1200,7 @@ TRAIN t.csv | seems to separate cells by '\t': name it .tsv | text\tlabel\nx\ta\
 TRAIN t.tsv | seems to separate cells by ',': save it with '\t' | text,label\nx,a\n
 TRAIN t.jsonl | t.jsonl cannot be read as jsonl | {"text": "x", "label": "a"}\n[3]\n
 TRAIN t.csv | needs at least two labels, not ['a'] | text,label\nx,a\ny,a\n
-TRAIN t.csv | 3 texts with 3 labels leave none for validation: add | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | 3 texts with 3 labels leave none for validation: 10 of | text,label\nx,a\ny,b\nz,c\n
 TRAIN folder | needs one table named test, and has 0
 TRAIN unseen | test has the label 'c', training has not
 TRAIN texts.csv --trainable_layers lora --lora_rank 0 | --lora_rank 0 is not a number of at least 1
@@ -1210,7 +1209,7 @@ TRAIN texts.csv --pad_to -5 | --pad_to -5 is neither a number of tokens nor long
 TRAIN texts.csv --pad_to 65 | this model reads at most 64 tokens
 TRAIN texts.csv --learning_rate nan | --learning_rate nan is not a number of at least 0
 TRAIN texts.csv --learning_rate 1e30 | try a smaller --learning_rate
-TRAIN texts.csv --resume | classifier.safetensors.resume
+TRAIN texts.csv --resume | there is no unfinished run classifier.safetensors.resume
 TRAIN texts.csv --plot x.xyz | --plot needs matplotlib
 TRAIN texts.csv --log ./folder/../texts.csv | texts.csv is read or written by this run already
 TRAIN texts.csv --classifier texts.csv | texts.csv is read or written by this run already
@@ -1220,7 +1219,9 @@ TRAIN texts.csv --log c.resume --classifier c | c.resume is read or written by t
 TRAIN texts.csv --classifier folder | folder cannot be written
 TRAIN texts.csv --log no/where.csv | no/where.csv cannot be written
 TRAIN texts.csv --log /dev/null | /dev/null cannot be written
-TRAIN texts.csv --classifier notes | notes is not a classifier and is not replaced
+TRAIN texts.csv --classifier notes | notes was not written by this tool, and is not replaced
+TRAIN texts.csv --log notes | notes was not written by this tool, and is not replaced
+TRAIN texts.csv --log c --classifier c | c is read or written by this run already
 """
 
 
