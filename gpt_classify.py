@@ -649,16 +649,16 @@ def baselines(texts, true, n_labels):
     return {name: (answer == labels["test"]).double() for name, answer in answers.items()}
 
 
-def verdict(right, baselines):
-    """A line that compares a classifier with the best baseline: (N,) tensors as from `baselines`,
-    of several seeds the mean. Both saw the same texts, so only those count that one of them alone
-    gets right: if chance decided about them, McNemar's test (1947) would say "not distinguishable"
-    19 times in 20."""
-    name, other = max(baselines.items(), key=lambda item: item[1].mean())
+def verdict(right, simple):
+    """A line that compares a classifier with the best of the `baselines`: (N,) tensors, 1 for a text
+    that is classified correctly, of several seeds the mean. Both saw the same texts, so only those
+    count that one of the two alone gets right. If chance decides about these, McNemar's test (1947)
+    says "not distinguishable" 19 times in 20, or more often."""
+    name, other = max(simple.items(), key=lambda item: item[1].mean())
     ours, theirs = (right * (1 - other)).sum(), (other * (1 - right)).sum()
     certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)
     word = ("above" if ours > theirs else "below") if certain else "not distinguishable from"
-    counts = f"{ours:.0f} texts right only here, {theirs:.0f} only there"
+    counts = f"only this model gets {ours:.0f} texts right, only the baseline {theirs:.0f}"
     return f"{word} the {name} ({other.mean():.1%}): {counts}"
 
 
@@ -1559,13 +1559,13 @@ def parse(argv):
 
 def check_outputs(args):
     """Raises Fault if --train could not write its files, or would destroy something: a file that it
-    reads, another one of its own, or a file under the classifier's name that is not one."""
+    reads, another one of its own, or one that this tool did not write."""
     tables = [f for f in Path(args.data).glob("*") if f.stem in " ".join(PARTS.values()).split()]
     taken = {Path(name).resolve() for name in (args.data, args.weights, *tables)}
     outputs = [(args.log, b"seed,epoch,"), (args.plot, b"")]  # with how our files begin
     outputs += [(args.classifier, BEGINNING), (f"{args.classifier}.resume", BEGINNING)]
-    for name, beginning in outputs if args.classifier else ():
-        if not name:
+    for name, beginning in outputs:
+        if not name or not args.classifier:  # several rows of --experiment write nothing
             continue
         path = Path(name)
         there = path.exists()

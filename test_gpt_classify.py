@@ -505,7 +505,7 @@ def test_the_verdict_is_mcnemars_test_of_the_texts_that_only_one_gets_right(ours
     bag = torch.cat([both, torch.tensor([0.0] * ours + [1.0] * theirs)])
     line = g.verdict(right, {"commonest label": bag * 0, "bag of words": bag})
     assert re.match(rf"{verdict}( distinguishable from)? the bag of words \(", line)
-    assert line.endswith(f": {ours} texts right only here, {theirs} only there")
+    assert line.endswith(f"only this model gets {ours} texts right, only the baseline {theirs}")
 
 
 # 5. Pretrained weights ----------------------------------------------------------------------------
