@@ -650,10 +650,10 @@ def baselines(texts, true, n_labels):
 
 
 def verdict(right, simple):
-    """A line that compares a classifier with the best of the `baselines`: (N,) tensors, 1 for a text
-    that is classified correctly, of several seeds the mean. Both saw the same texts, so only those
-    count that one of the two alone gets right. If chance decides about these, McNemar's test (1947)
-    says "not distinguishable" 19 times in 20, or more often."""
+    """A line that compares a classifier with the best of the `baselines`. (N,) tensors: 1 for a
+    text that is classified correctly, or the mean of that over seeds. Both saw the same texts, so
+    only those count that one of the two alone gets right. If chance decides about these, McNemar's
+    test (1947) says "not distinguishable" 19 times in 20, or more often."""
     name, other = max(simple.items(), key=lambda item: item[1].mean())
     ours, theirs = (right * (1 - other)).sum(), (other * (1 - right)).sum()
     certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)

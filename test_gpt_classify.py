@@ -1175,7 +1175,7 @@ FAULTS = r"""
 --generate x --weights t.csv | complete safetensors file | \x03\0\0\0\0\0\0\0\xff\xfe\xff
 --generate x --weights t.csv | (is it cut short? a | HEAD"shape":[3],"data_offsets":[0,8]}}
 --generate x --weights t.csv | (is it cut short? a | HEAD"shape":[4],"data_offsets":[0,16]}}
---generate x --weights t.csv | cut short? | HEAD"shape":[4294967296,4294967297],"data_offsets":[0,8]}}
+--generate x --weights t.csv | short? | HEAD"shape":[4294967296,4294967297],"data_offsets":[0,8]}}
 --generate x --weights lacking | lacking is not a checkpoint of GPT-2 or RoBERTa ('ln_f.bias' is
 --generate x --weights odd | size mismatch for ln_f.bias
 --generate x --weights narrow | heads have 64 channels
