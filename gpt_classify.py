@@ -1552,7 +1552,8 @@ def parse(argv):
     if args.dtype is None:
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if args.device == "cpu" else {}
         cuda = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if cuda or cpu.get("avx512_bf16") else "float32"
+        many = args.train or args.predict_file or args.evaluate  # else, converting takes longer
+        args.dtype = "bfloat16" if many and (cuda or cpu.get("avx512_bf16")) else "float32"
     args.tokens_per_row = args.tokens_per_row or (384 if args.device == "cpu" else 2048)
     return args
 
