@@ -1477,7 +1477,8 @@ def make_parser():
 
     add = parser.add_argument_group("model").add_argument
     short = {"type": lambda name: name.split(" ")[0]}  # the article says "gpt2-small (124M)"
-    add("--model_size", **short, choices=SIZES, metavar="SIZE", help="(gpt2-small)")
+    sizes = "gpt2-nano, -small, -medium, -large, -xl, roberta-base, -large (gpt2-small)"
+    add("--model_size", **short, choices=SIZES, metavar="SIZE", help=sizes)
     add("--weights", help="pretrained, random, or a file (pretrained; nano: random)")
     add("--disable_causal_mask", **switch, help="every token sees every other")
     positions = ("last", "first", "flexible", "mean")
@@ -1487,8 +1488,8 @@ def make_parser():
     add("--lora_alpha", metavar="A", type=float, default=8.0, help="LoRA is scaled by A / R (8)")
 
     add = parser.add_argument_group("training").add_argument
-    rows = range(1, len(EXPERIMENTS) + 1)
-    add("--experiment", nargs="+", type=int, choices=rows, metavar="N", help="rows of the article")
+    rows = {"choices": range(1, len(EXPERIMENTS) + 1), "metavar": "N"}
+    add("--experiment", nargs="+", type=int, **rows, help="rows 1 to 19 of the article's table")
     add("--offline", **switch, help="no download: tiny model, texts of this machine")
     add("--num_epochs", metavar="N", type=int, default=5, help="(5)")
     add("--batch_size", metavar="N", type=int, default=8, help="(8)")
