@@ -97,8 +97,8 @@ spec.loader.exec_module(pd)
 # With <|endoftext|>, which stands between documents, that makes 50,257 tokens.
 #
 # OpenAI published four sizes of one design. Only depth and width differ; all heads of attention
-# have 64 channels.
-# A block has 12 C² weights, 4 C² in attention and 8 C² in the MLP: 7.08M in GPT-2 small.
+# have 64 channels. A block has 12 C² weights, 4 C² in attention and 8 C² in the MLP: 7.08M in GPT-2
+# small.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,12 +345,12 @@ class Encoder:
     """Turns texts into Examples. After that, training need not know how texts are cut, padded or
     pooled.
 
-    `tokenizer` is a tiktoken.Encoding, `table` maps its ids to RoBERTa's (or is None), `texts` are
-    those of training, for --pad_to longest. Raises Fault if a flag asks for too many tokens.
+    `tokenizer` is a tiktoken.Encoding, `to_roberta` maps its ids to RoBERTa's (or is None), `texts`
+    are those of training, for --pad_to longest. Raises Fault if a flag asks for too many tokens.
     """
 
-    def __init__(self, config, tokenizer, table, args, texts=()):
-        self.tokenizer, self.table, self.causal = tokenizer, table, config.causal
+    def __init__(self, config, tokenizer, to_roberta, args, texts=()):
+        self.tokenizer, self.to_roberta, self.causal = tokenizer, to_roberta, config.causal
         self.position = args.trainable_token_pos or ("first" if config.roberta else "last")
         self.start, self.end, self.padding = [], [], tokenizer.eot_token
         if config.roberta:
@@ -368,8 +368,8 @@ class Encoder:
         # No GPT-2 token has more than 128 characters, so what is dropped here would be cut anyway.
         texts = [text[: 128 * self.max_length + 1] for text in texts]
         lists = self.tokenizer.encode_ordinary_batch(texts)  # <|endoftext|> is ordinary text
-        if self.table:
-            lists = [[self.table[i] for i in ids] for ids in lists]
+        if self.to_roberta:
+            lists = [[self.to_roberta[i] for i in ids] for ids in lists]
         return [self.start + ids + self.end for ids in lists]
 
     def examples(self, texts, labels):
@@ -626,10 +626,9 @@ def baselines(texts, true, n_labels):
     The bag of words is a logistic regression on the set of words in a text, with an L2 penalty of
     1e-4. Nothing in it is random.
     """
-    # "" is in every text, so its weight is the bias.
     words, bags = {}, {}
     labels = {part: torch.tensor(true[part]) for part in true}
-    for part in ("train", "test"):
+    for part in ("train", "test"):  # "" is in every text, so its weight is the bias
         words[part] = [{"", *re.findall(r"\w+", text)} for text in texts[part]]
     number = {word: i for i, word in enumerate(sorted(set().union(*words["train"])))}
     for part, sets in words.items():  # the words of all texts, end to end, and where a text starts
@@ -842,7 +841,7 @@ def starting_point(args):
 
 
 def get_tokenizer(vocab_size):
-    """(tiktoken.Encoding, table) for Encoder. A vocabulary of 257 is the bytes and <|endoftext|>,
+    """(tiktoken.Encoding, to_roberta) for Encoder. A vocabulary of 257 is the bytes and <|endoftext|>,
     one of 50,265 RoBERTa's: GPT-2's tokens with other numbers. Raises Fault."""
     if vocab_size == 257:
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
@@ -1054,7 +1053,7 @@ def split_data(frame, args):
 def fit(model, optimizer, examples, seed, done, args):
     """The epochs of one seed, from done["epoch"] on. The result is that of the last one, as in the
     article: with 149 validation texts, the best of five epochs would be the luckiest one."""
-    true, first = torch.tensor([e.label for e in examples["validation"]]), process()[0] == 0
+    true = torch.tensor([e.label for e in examples["validation"]])
     for epoch in range(done["epoch"] + 1, args.num_epochs + 1):
         start = time.perf_counter()
         train = train_epoch(model, optimizer, examples["train"], seed, epoch, args)
@@ -1065,11 +1064,11 @@ def fit(model, optimizer, examples, seed, done, args):
         entry |= dict(zip(("validation_loss", "validation_accuracy"), validation))
         done["history"].append(entry | {"seconds": seconds})
         done["epoch"] = epoch
-        if args.classifier and first:
+        if args.classifier:
             state = optimizer.state_dict()["state"].items()
             averages = {f"{i} {name}": t for i, tensors in state for name, t in tensors.items()}
             write_safetensors(f"{args.classifier}.resume", model.trained() | averages, done)
-        if args.log and first:
+        if args.log:
             with replacing(args.log) as file:
                 pd.DataFrame(done["history"]).to_csv(file, index=False, float_format="%.6g")
         shown = f"train {train[1]:6.1%}   validation {validation[1]:6.1%}   {seconds:.1f} s"
@@ -1103,16 +1102,17 @@ def plot(path, history):
 def train(args):
     """--train: read, encode, finetune, report, save. Returns a row for a table of results."""
     check_outputs(args)
-    began = time.perf_counter()
+    began, unfinished = time.perf_counter(), Path(f"{args.classifier}.resume")
     rank, world = process()
-    first = rank == 0  # this process writes the files
+    if rank > 0:  # only the first process writes files
+        args.classifier = args.log = args.plot = None
     config, weights = starting_point(args)  # what has to be downloaded comes first
-    encoding, table = get_tokenizer(config.vocab_size)
+    tokenizer, to_roberta = get_tokenizer(config.vocab_size)
     parts, labels = split_data(read_data(args), args)
 
     texts = {part: df["text"].tolist() for part, df in parts.items()}
     true = {part: list(map(labels.index, df["label"])) for part, df in parts.items()}
-    encoder = Encoder(config, encoding, table, args, texts["train"])
+    encoder = Encoder(config, tokenizer, to_roberta, args, texts["train"])
     examples = {part: encoder.examples(texts[part], true[part]) for part in parts}
     simple = baselines(texts, true, len(labels))
     commonest, bag = (right.mean().item() for right in simple.values())
@@ -1121,7 +1121,7 @@ def train(args):
     flags = {flag: value for flag, value in vars(args).items() if flag not in NO_EFFECT}
     flags["data with sha256"] = hashlib.sha256(json.dumps([texts, true]).encode()).hexdigest()
     done = {"flags": flags, "epoch": 0, "history": [], "right": []}
-    unfinished, tensors = Path(f"{args.classifier}.resume"), None
+    tensors = None
     if args.resume:
         if not unfinished.exists():
             raise Fault(f"there is no unfinished run {unfinished}: leave out --resume")
@@ -1163,11 +1163,11 @@ def train(args):
         name = "test" if len(args.seed) == 1 else f"seed {seed}"
         done["right"].append(report(name, probs, torch.tensor(true["test"]), labels))
         done["epoch"] = 0
-        if args.classifier and first and seed == args.seed[0]:
-            saved = model.trained() if args.weights == "pretrained" else base | model.trained()
+        if args.classifier and seed == args.seed[0]:
+            kept = model.trained() if args.weights == "pretrained" else base | model.trained()
             info = {"labels": labels, "flags": flags | {"pad_to": encoder.pad_to}}
             seen = {"training_texts": hashes(texts["train"])}
-            write_safetensors(args.classifier, saved | seen, info)
+            write_safetensors(args.classifier, kept | seen, info)
 
     right = torch.tensor(done["right"], dtype=torch.float64)  # (seeds, test texts)
     mean, sd = right.mean().item(), pd.Series(right.mean(1).tolist()).std()  # of one seed: nan
@@ -1179,15 +1179,15 @@ def train(args):
     if low <= commonest:
         better = "not clearly better than the commonest label"
         say("", f"{better}: if training accuracy is low, too, try more --num_epochs")
-    if args.plot and first:
+    if args.plot:
         plot(args.plot, done["history"])
     seconds = time.perf_counter() - began
-    if args.classifier and first:
+    if args.classifier:
         unfinished.unlink()
         size = f"{os.path.getsize(args.classifier) / 1e6:,.1f} MB"
         say("saved", f"{args.classifier} (seed {args.seed[0]}, {size}), {seconds:.0f} s in all")
-        words = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip(" -")]
-        say("try", f"python {os.path.relpath(__file__)} {shlex.join(words)}")
+        command = ["--classifier", args.classifier, "--predict", texts["test"][0][:50].strip(" -")]
+        say("try", f"python {os.path.relpath(__file__)} {shlex.join(command)}")
     row = {"trained": n_trained, "test": mean, "sd": sd, "low": low, "high": high}
     return row | {"bag_of_words": bag, "seeds": len(args.seed), "seconds": round(seconds, 1)}
 
@@ -1219,8 +1219,7 @@ EXPERIMENTS = """
 95.33 | no causal mask | --disable_causal_mask
 95.00 | ignore_index |
 96.33 | mean of all tokens | --trainable_token_pos mean
-"""
-EXPERIMENTS = [line.split("|") for line in EXPERIMENTS.strip().split("\n")]
+""".strip().split("\n")
 
 
 def experiments(args, argv):
@@ -1228,7 +1227,7 @@ def experiments(args, argv):
     results. Returns the exit status."""
     rows, status = [], 0
     for number in args.experiment:
-        accuracy, what, flags = map(str.strip, EXPERIMENTS[number - 1])
+        accuracy, what, flags = map(str.strip, EXPERIMENTS[number - 1].split("|"))
         flags = [*ARTICLE.split(), *flags.split(), *argv]  # of two of a kind, the last one counts
         say("row", f"{number}: {what} ({shlex.join(flags)})")
         row = {"row": number, "what": what, "article": float(accuracy) / 100}
@@ -1267,7 +1266,7 @@ class Classifier:
             self.model = make_classifier(build(config, weights), len(self.labels), self.flags)
             tensors = {name: tensors[name] for name in self.model.trained()}
             self.model.load_state_dict(tensors, strict=False)
-            self(["a"])  # whatever else is wrong shows here
+            self.encoder.examples(["a"], [-1])  # what is wrong with these flags shows here
 
     def __call__(self, texts):
         """A list of N texts -> (N, K) probabilities."""
@@ -1569,12 +1568,12 @@ def check_outputs(args):
     for name, beginning in outputs:
         if not name or not args.classifier:  # several rows of --experiment write nothing
             continue
-        path = Path(name)
+        path = Path(name).resolve()
         there = path.exists()
-        if path.resolve() in taken:
+        if path in taken:
             raise Fault(f"{name} is read or written by this run already: choose another name")
-        taken.add(path.resolve())
-        targets = [path.absolute().parent, path] if there else [path.absolute().parent]
+        taken.add(path)
+        targets = [path.parent, path] if there else [path.parent]
         if (there and not path.is_file()) or not all(os.access(t, os.W_OK) for t in targets):
             raise Fault(f"{name} cannot be written: choose another name or folder")
         if there and beginning not in path.open("rb").read(99):
@@ -1583,12 +1582,11 @@ def check_outputs(args):
             say("note", f"{name} will be replaced")
 
 
-def main(argv=None):
+def main(argv):
     """Runs one action. Returns the exit status: 0; 2 after a fault; 130 if interrupted; 141 if the
     reader of our output went away."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     args = None
-    argv = sys.argv[1:] if argv is None else argv
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -1624,4 +1622,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
