@@ -841,8 +841,8 @@ def starting_point(args):
 
 
 def get_tokenizer(vocab_size):
-    """(tiktoken.Encoding, to_roberta) for Encoder. A vocabulary of 257 is the bytes and <|endoftext|>,
-    one of 50,265 RoBERTa's: GPT-2's tokens with other numbers. Raises Fault."""
+    """(tiktoken.Encoding, to_roberta) for Encoder. A vocabulary of 257 is the bytes and one end of
+    text, one of 50,265 RoBERTa's: GPT-2's tokens with other numbers. Raises Fault."""
     if vocab_size == 257:
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         how = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": special}
