@@ -22,12 +22,12 @@ This is how a message goes through GPT-2 small:
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
 --offline, and watch the classifier read: --trace "Return the first item of a list." Sections 7 to
-11 make it a tool. The lesson uses few names from there: `chosen` picks the options that a function
-takes, `progress` and `say` tell how far a run is, and Fault is an error that the user can fix.
+11 make it a tool. The lesson uses four names from there: chosen(function, options) keeps the
+options that the function takes, progress and say print, and Fault is an error that users can fix.
 
 The article's seven questions, its answers, and where the code is. Accuracies are from one run each,
-on 300 messages (question 3: on 10,000 movie reviews), half of them with each label. With 300, a
-difference of less than 3.5 points may be chance.
+on 300 messages (question 3: on 10,000 movie reviews), half of them with each label. With 300, near
+95%, a difference of less than 3.5 points may be chance.
 
 1. Do all layers need training?  Head alone 72.00%, last block 95.00%, last two blocks 98.33%,
                                  all layers 96.67% (section 4)
@@ -38,8 +38,8 @@ difference of less than 3.5 points may be chance.
 6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (section 4)
 7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (section 3)
 
-Shapes: T tokens in a row, N texts in it, Q pooled positions, C channels, H heads with D channels
-each, K labels.
+Shapes: T tokens in a row (texts end to end, section 3), N texts in it, Q pooled positions, C
+channels, H heads with D channels each, K labels.
 """
 
 import argparse
@@ -84,9 +84,10 @@ from torch import nn
 # found. One look is not enough: what a word means depends on words whose meaning depends on others.
 # So GPT-2 small has twelve blocks, one after the other.
 #
-# Question 5: the four published sizes differ in depth and width only. In the article, larger ones
-# do better, except for 355M: its author suspects its pretraining, or that the settings do not suit
-# it. Size costs time: the last block takes 0.28 minutes with 124M parameters, and 2.83 with 1,558M.
+# Question 5: the four published sizes differ in depth and width (a head always has 64 channels). In
+# the article, larger ones do better, except for 355M: its author suspects its pretraining, or that
+# the settings do not suit it. Size costs time: training the last block takes 0.28 minutes with 124M
+# parameters, and 2.83 with 1,558M.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class GPTConfig:
 BERT = {"block_size": 512, "vocab_size": 30522, "causal": False, "bert": True}
 SIZES = {
     "gpt2-nano": GPTConfig(4, 2, 128, vocab_size=257),  # our own, for any machine; reads bytes
-    "gpt2-small": GPTConfig(12, 12, 768),  # 124M parameters
+    "gpt2-small": GPTConfig(12, 12, 768),  # 124M parameters, as published
     "gpt2-medium": GPTConfig(24, 16, 1024),  # 355M
     "gpt2-large": GPTConfig(36, 20, 1280),  # 774M
     "gpt2-xl": GPTConfig(48, 25, 1600),  # 1,558M
@@ -126,25 +127,28 @@ class Attention(nn.Module):
 
     Three linear layers give every token a query (what it looks for), a key (what it has to offer)
     and a value (the information itself). The better a key fits the query, the more of its value is
-    taken: softmax(q k^T / sqrt(D)) v. (The sums of D products are divided, since softmax of large
-    numbers picks just one token.) H heads do this side by side, with D channels each, so that they
-    can look for different things.
+    taken: softmax(q k^T / sqrt(D)) v. Dividing by sqrt(D) keeps the scores small: softmax of large
+    numbers picks just one token. H heads do this side by side, with D channels each, so each head
+    can look for something else.
     """
 
     def __init__(self, config):
         super().__init__()
-        C, self.n_head = config.n_embd, config.n_head
-        self.c_q, self.c_k, self.c_v = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.c_q = nn.Linear(C, C)
+        self.c_k = nn.Linear(C, C)
+        self.c_v = nn.Linear(C, C)
         self.c_proj = nn.Linear(C, C)  # combines what the heads found
 
     def forward(self, x, mask, pooled=slice(None)):
-        """x (T, C); mask (T, T) bool: token i sees token j -> (T, C). `pooled` are the positions at
-        which the output is computed: all of them by default, or an index (Q,) -> (Q, C)."""
+        """x (T, C); mask (T, T), True if token i sees token j -> (T, C). pooled (Q,): compute the
+        output at these positions only -> (Q, C). slice(None) is [:], all positions."""
         q, k, v = self.c_q(x[pooled]), self.c_k(x), self.c_v(x)
-        # Divide the channels among the heads: (T, C) -> (1, H, T, D). Without the 1, a batch
-        # dimension, torch's fused attention is slower on a CPU.
+        # Divide the channels among the heads: (T, C) -> (1, H, T, D). The 1 is a batch dimension:
+        # with it, torch's fused attention is faster on a CPU.
         q, k, v = (t.view(1, len(t), self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        # The formula, step by step:
+        # The formula, step by step (with pooled positions, q and y have Q lines instead of T):
         #     scores = q @ k.transpose(2, 3) / math.sqrt(D)          # (1, H, T, T)
         #     scores = scores.masked_fill(~mask, -math.inf)          # softmax turns -inf into 0
         #     y = scores.softmax(dim=3) @ v                          # (1, H, T, D)
@@ -154,9 +158,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each token by itself: (T, C) -> (T, C). Without GELU, the two linear layers would be
-    no more than one. GELU is a smooth max(x, 0): x times the share of the standard normal
-    distribution below x. GPT-2 was trained with an approximation of it by tanh."""
+    """Works on each token by itself: (T, C) -> (T, C). Without GELU, two linear layers equal one.
+    GELU is a smooth max(x, 0): x times the probability that a standard normal number is below x.
+    GPT-2 was trained with an approximation of it that uses tanh."""
 
     def __init__(self, config):
         super().__init__()
@@ -171,15 +175,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP: 4 C² and 8 C² weights, 7.1 million in GPT-2 small.
 
-    Each adds its output to x, so that gradients reach the first block without passing through all
-    the others. LayerNorm keeps the numbers in range: it brings each token's vector to mean 0 and
+    Attention and MLP each add their output to x, so gradients have a direct way to the first block.
+    LayerNorm keeps the numbers in range: it brings each token's vector to mean 0 and
     variance 1, then scales and shifts every channel by learned numbers.
 
     Question 3: BERT (arXiv:1810.04805) is built from the same parts. It learned to fill in words
     that were left out of a text, so it has no causal mask: each token sees both sides. Each text
     begins with a token [CLS], where it is pooled, and ends with [SEP]. LayerNorm comes after each
-    sum, and after the embedding; GELU is exact. On 50,000 movie reviews, the article gets 91.88%
-    with GPT-2 and 90.89% with BERT: seeing both sides is no advantage there.
+    sum, and after the embedding; GELU is exact. On 10,000 movie reviews, the article gets 91.88%
+    with GPT-2 and 90.89% with BERT (bert-base): there, seeing both sides is no clear advantage.
     """
 
     def __init__(self, config):
@@ -200,32 +204,33 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), or BERT.
 
-    Its input is a PackedTexts (section 3), which holds one text or several: `ids` (T,) are its
-    tokens, `pos` (T,) says where each token stands in its text, `mask` which tokens see which, and
-    `pooled` (Q,) which hidden states the head gets. There is no dropout, as in the article, so the
-    same input always gives the same output.
+    Its input is a PackedTexts (section 3), one text or several: `ids` (T,) are the tokens, `pos`
+    (T,) their positions in their texts, `pooled` (Q,) the positions that the head reads, and mask()
+    says which token sees which. There is no dropout, as in the article, so the same input always
+    gives the same output.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
-        self.wte = nn.Parameter(torch.empty(config.vocab_size, C))  # a vector for each token
-        # Attention alone has no notion of order, so each token also gets a vector for its position.
+        self.wte = nn.Parameter(torch.empty(config.vocab_size, C))  # word token embedding
+        # Attention alone has no notion of order. So there is a word position embedding, too.
         self.wpe = nn.Parameter(torch.empty(config.block_size, C))
         self.ln_e = config.layer_norm() if config.bert else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.Identity() if config.bert else config.layer_norm()
+        self.ln_f = nn.Identity() if config.bert else config.layer_norm()  # the final one
         self.head = None  # section 4 adds the head of a classifier
         self.n_frozen = 0  # so many blocks, counted from the first, are not trained
         self.bf16 = False  # whether most of it computes in bfloat16 (section 4)
 
     def embed(self, packed):
-        """PackedTexts -> (T, C): looks up the vectors of tokens and positions."""
+        """PackedTexts -> (T, C): looks up the vectors wte[ids] of tokens, wpe[pos] of positions."""
         return self.ln_e(F.embedding(packed.ids, self.wte) + F.embedding(packed.pos, self.wpe))
 
-    # The plain form. The output of the last block, normalized, is the hidden state of each token. A
-    # language model multiplies it by all token embeddings, which scores each token of the
-    # vocabulary as the next one: x @ wte.T. A classifier pools and applies its head: head(pool(x)).
+    # The plain form; of this file, only --trace uses it. After all blocks and ln_f, each token has a
+    # hidden state. A language model multiplies it by all token embeddings, x @ wte.T, to score each
+    # token of the vocabulary as the next one. A classifier pools, then applies its head:
+    # head(pool(x)).
 
     def hidden_states(self, packed):
         """All tokens through all blocks: PackedTexts -> (T, C)."""
@@ -235,11 +240,11 @@ class GPT(nn.Module):
             x = block(x, mask)
         return self.ln_f(x)
 
-    # The same numbers, less work. The head reads hidden states at pooled positions, so the last
-    # block computes only those. It needs keys and values of all tokens, 2 C² of its 12 C² weights;
-    # the rest, 10 C², works on pooled tokens only. If one token in thirty is pooled, that leaves
-    # (2 + 10 / 30) / 12 of the work, a fifth. And the forward pass has two parts, so that the
-    # output of the frozen blocks can be kept (section 5).
+    # The fast form: the same logits, less work. The head reads only pooled positions, so the last
+    # block computes only those. It still needs keys and values of all tokens, 2 C² of its 12 C²
+    # weights. The other 10 C² work on pooled tokens only. If one token in thirty is pooled, that is
+    # (2 + 10 / 30) / 12 of the work, a fifth. And the forward pass has two parts, frozen() and
+    # trainable(), so that the output of the frozen blocks can be kept (section 5).
 
     def run_blocks(self, blocks, x, packed):
         """Runs some of the blocks on x (T, C) -> (T, C); after the model's last block, (N, C)."""
@@ -261,7 +266,7 @@ class GPT(nn.Module):
 
     def trainable(self, features, packed):
         """Features -> logits (N, K); of a language model (N, vocab_size)."""
-        autocast = self.bf16 and (features.is_cuda or self.n_frozen == 0)
+        autocast = self.bf16 and (features.is_cuda or self.n_frozen == 0)  # see make_classifier
         with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
             x = self.run_blocks(self.h[self.n_frozen :], features.float(), packed)  # (N, C)
             return x @ self.wte.T if self.head is None else self.head(x).float()
@@ -269,7 +274,7 @@ class GPT(nn.Module):
     def forward(self, packed):
         return self.trainable(self.frozen(packed), packed)
 
-    def trained(self):
+    def trained_parameters(self):
         """{name: parameter} of what is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -277,28 +282,29 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 2. GPT-2's weights
 #
-# OpenAI's GPT-2 has our names but for c_attn, and its matrices are stored the other way round: its
-# linear layers compute x W with W (in, out), nn.Linear computes x W^T with W (out, in). In the file
-# of GPT-2 small, where N is a number from 0 to 11:
+# OpenAI uses our names, except for c_attn. Its files hold transposed matrices: OpenAI's layers
+# compute x W with W (in, out), nn.Linear computes x W^T with W (out, in). In GPT-2 small, where i
+# is a block's number, 0 to 11:
 #
 #     name there               shape there     here
 #     wte.weight               (50257, 768)    wte
 #     wpe.weight               (1024, 768)     wpe
-#     h.N.attn.c_attn.weight   (768, 2304)     c_q, c_k, c_v side by side: 3 x (768, 768) transposed
-#     h.N.attn.c_proj.weight   (768, 768)      transposed
-#     h.N.mlp.c_fc.weight      (768, 3072)     transposed
-#     h.N.mlp.c_proj.weight    (3072, 768)     transposed
-#     h.N.attn.c_attn.bias     (2304,)         the biases of c_q, c_k and c_v
+#     h.i.attn.c_attn.weight   (768, 2304)     c_q, c_k, c_v side by side: 3 x (768, 768) transposed
+#     h.i.attn.c_proj.weight   (768, 768)      transposed
+#     h.i.mlp.c_fc.weight      (768, 3072)     transposed
+#     h.i.mlp.c_proj.weight    (3072, 768)     transposed
+#     h.i.attn.c_attn.bias     (2304,)         the biases of c_q, c_k and c_v
 #     other biases, ln_*       (768,)          the same; c_fc.bias is (3072,)
 #
-# Some files begin every name with "transformer.", or also hold the causal mask (h.N.attn.bias).
+# Some files put "transformer." before each name, or hold the causal mask (h.i.attn.bias): unused.
 
 
 def map_gpt2(tensors):
     """{OpenAI's name: tensor} -> {name in our GPT: tensor}."""
     checkpoint = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.").replace("e.weight", "e")  # wte, wpe
+        name = name.removeprefix("transformer.")
+        name = name.replace("wte.weight", "wte").replace("wpe.weight", "wpe")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
         if "c_attn" in name:
@@ -310,10 +316,10 @@ def map_gpt2(tensors):
 
 
 def build(config, checkpoint=None):
-    """A GPT with the tensors of a checkpoint {name: tensor}, which it shares rather than copies.
-    None: with random weights, as before pretraining: normal with deviation 0.02, in GPT-2 smaller
-    by sqrt(2 n_layer) for c_proj, since 2 n_layer outputs of it are added to x. Raises KeyError or
-    RuntimeError if the checkpoint does not fit."""
+    """A GPT with the tensors of a checkpoint {name: tensor}; float32 tensors are shared, not
+    copied. None: random weights, as before pretraining: normal with standard deviation 0.02. In
+    GPT-2, those of c_proj are smaller by sqrt(2 n_layer), because x is a sum of 2 n_layer outputs
+    of c_proj. Raises KeyError or RuntimeError if the checkpoint does not fit."""
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     if checkpoint is None:
@@ -325,7 +331,7 @@ def build(config, checkpoint=None):
                 std = 0.02 / math.sqrt(2 * config.n_layer) if scaled_down else 0.02
                 checkpoint[name].normal_(0, std)
     tensors = {name: checkpoint[name].float() for name in model.state_dict()}
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(tensors, assign=True)  # uses these tensors themselves
     return model
 
 
@@ -336,9 +342,10 @@ def build(config, checkpoint=None):
 # frequent pair of neighbors in a large corpus a new token, and repeat that 50,000 times. Most words
 # are one token, which includes the space before the word.
 #
-# Pooling (question 2). Each token has a hidden state, and the head takes one. Under the causal
-# mask, only the last token has seen the whole text; the first has seen nothing but itself, so the
-# article's 75.00% come from first words alone. (Without the mask, as in BERT, it sees everything.)
+# Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
+# (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
+# text, the first only itself: the article's 75.00% come from first words alone. (Without the mask,
+# as in BERT, the first token sees the whole text, too.)
 # The choices, for "You are a winner" padded to 6 tokens:
 #
 #     You  are  a  winner  <|endoftext|>  <|endoftext|>
@@ -348,11 +355,11 @@ def build(config, checkpoint=None):
 #     flexible   position 3, winner: the last real token
 #     mean       the mean over positions 0 to 5
 #
-# Padding (question 7) fills all texts up to the length of the longest one. GPT-2 reads padding
-# tokens like any others, and was never trained on so many: at the last one, the article gets 95.00%
-# with 120 tokens and 78.33% with 1,024, which takes 9 times as long; at the last real token, 98.33%
-# (experiments 1, 13, 16). As its messages have 31 tokens on average, three quarters of the 120 are
-# padding. Packing lays texts end to end instead:
+# Padding (question 7) fills all texts up to one length. GPT-2 reads padding like other tokens, but
+# never saw so much of it in training. The article pads to 120 tokens, pools the last one, and gets
+# 95.00%. With 1,024 tokens it gets 78.33% in 9 times the time; with 120, but pooled at the last
+# real token, 98.33% (experiments 1, 13, 16). A message has 31 tokens on average, so three quarters
+# of the 120 are padding. Packing needs no padding. It lays texts end to end:
 #
 #     text_index   0 0 0 0 1 1 2 2 2     which text a token belongs to
 #     pos          0 1 2 3 0 1 0 1 2     its position in that text
@@ -360,15 +367,15 @@ def build(config, checkpoint=None):
 #
 # Tokens meet in attention and nowhere else. So a mask there is enough to keep the texts apart:
 #
-#     # . . . . . . . .      mask[i, j]: token i (line) sees token j (column) if
-#     # # . . . . . . .      text_index[i] == text_index[j] and pos[i] >= pos[j].
-#     # # # . . . . . .      The first condition keeps texts apart: a prediction depends on nothing
-#     # # # # . . . . .      but its own text. The second one makes the mask causal (question 4).
-#     . . . . # . . . .      GPT-2 needed that to learn to predict the next token, which it must not
-#     . . . . # # . . .      see. A classifier could do without, but this GPT-2 never learned to use
-#     . . . . . . # . .      what comes later. In the article it makes no difference: 95.33% without
-#     . . . . . . # # .      (--disable_causal_mask), 95.00% with it. The price of packing: scores
-#     . . . . . . # # #      between texts are computed, too, so a row should not be too long.
+#     x . . . . . . . .      mask[i, j]: token i (line) sees token j (column) if
+#     x x . . . . . . .      text_index[i] == text_index[j] and pos[i] >= pos[j].
+#     x x x . . . . . .      The first condition keeps texts apart: a prediction depends on its own
+#     x x x x . . . . .      text only. The second condition makes the mask causal (question 4).
+#     . . . . x . . . .      GPT-2 learned to predict the next token, so it must not see that token.
+#     . . . . x x . . .      A classifier may see it, but GPT-2 never learned to use later tokens.
+#     . . . . . . x . .      In the article it makes no difference: 95.33% without the causal mask
+#     . . . . . . x x .      (--disable_causal_mask), 95.00% with it. Packing has a price: scores
+#     . . . . . . x x x      between texts are computed, too. So rows should be short.
 
 
 @dataclasses.dataclass
@@ -378,7 +385,7 @@ class Example:
     ids: torch.Tensor  # (T,) int64: its tokens
     pooled: range  # the positions whose hidden states the head gets; of several, their mean
     label_id: int = -1  # the number of its label; -1: not known
-    features: torch.Tensor | None = None  # (T, C) or (1, C), once cache_features has run
+    features: torch.Tensor | None = None  # (T, C) or (1, C), if cache_features keeps them
 
 
 class PackedTexts:
@@ -409,15 +416,15 @@ class PackedTexts:
         return same_text & (self.pos[:, None] >= self.pos) if causal else same_text
 
     def pool(self, x):
-        """(Q, C), hidden states at the pooled positions -> (N, C), one vector for each text: their
-        sum divided by their number, which is 1 but for `mean`."""
+        """(Q, C), hidden states at the pooled positions -> (N, C), the mean of those of each text.
+        Only `mean` pools more than one position."""
         owner = self.text_index[self.pooled]  # (Q,): 0 1 2 in the drawing
         sums = x.new_zeros(len(self), x.shape[1]).index_add(0, owner, x)
         return sums / torch.bincount(owner)[:, None]
 
 
 def pack(examples, tokens_per_row=384, device="cpu"):
-    """Yields Examples as PackedTexts, in order. Only a single text may exceed tokens_per_row."""
+    """Yields Examples as PackedTexts, in order. A single longer text gets a row of its own."""
     row, n_tokens = [], 0
     for example in examples:
         if row and n_tokens + len(example.ids) > tokens_per_row:
@@ -430,10 +437,10 @@ def pack(examples, tokens_per_row=384, device="cpu"):
 
 
 class Encoder:
-    """Makes Examples of texts. No later code needs to know how texts are cut, padded or pooled.
+    """Makes Examples of texts. Only this class cuts and pads texts, and decides what is pooled.
 
-    max_length: longer texts are cut to so many tokens (None: to what the model can read). pad_to:
-    texts are padded or cut to so many (0: no; "longest": as the longest of `texts`). Raises Fault.
+    max_length: texts are cut to this many tokens (None: the model's limit). pad_to: texts are cut
+    or padded to this many tokens (0: no; "longest": the longest of `texts`). Raises Fault.
     """
 
     def __init__(
@@ -459,7 +466,10 @@ class Encoder:
 
     def examples(self, texts, label_ids=None):
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples."""
-        return list(map(self.example, self.tokenize(texts), label_ids or [-1] * len(texts)))
+        label_ids = label_ids or [-1] * len(texts)
+        return [
+            self.example(ids, label_id) for ids, label_id in zip(self.tokenize(texts), label_ids)
+        ]
 
     def example(self, ids, label_id):
         if len(ids) > self.max_length:
@@ -469,8 +479,9 @@ class Encoder:
         n_real, n = len(ids), max(len(ids), self.pad_to)
         if n > n_real:
             ids = ids + [self.tokenizer.eot_token] * (n - n_real)  # <|endoftext|>
-        pooled = {"last": range(n - 1, n), "first": range(1), "mean": range(n)}
-        pooled = (pooled | {"flexible": range(n_real - 1, n_real)})[self.pooling]
+        last, last_real = range(n - 1, n), range(n_real - 1, n_real)
+        choices = {"last": last, "first": range(1), "flexible": last_real, "mean": range(n)}
+        pooled = choices[self.pooling]
         # Under the causal mask, tokens after the pooled ones change nothing: leave them out.
         ids = ids[: pooled.stop] if self.config.causal else ids
         return Example(torch.tensor(ids), pooled, label_id)
@@ -488,25 +499,25 @@ class Encoder:
 # logits into probabilities that add up to 1: a text has exactly one label. (For two labels, one
 # output and a sigmoid would do, as softmax of two logits depends on their difference only.)
 #
-# Question 1: what should be trained besides the head? The more, the better the model can fit the
-# texts, and the longer it takes: in the article 0.28 minutes for the last block, 0.69 for all. Why
-# the last blocks? The backward pass ends at the first block that is trained. And the usual
-# explanation, which the article does not test: they are nearest to the old task, while early blocks
-# hold what any task needs, such as the meaning of words. The article's 72.00% for the head alone
-# have another cause, too: at a rate of 5e-5, 1,538 numbers hardly move from where they started.
-# The head of MiniLM, trained here on the same messages, gets 76.3% at 5e-5 and 92.6% at 1e-2.
+# Question 1: what should be trained besides the head? More trained layers fit the texts better, but
+# take longer: in the article 0.28 minutes for the last block, 0.69 for all. Why the last blocks?
+# First, the backward pass ends at the first trained block. Second, early blocks hold what any task
+# needs, such as the meaning of words. (That is the usual explanation; the article does not test
+# it.) The head alone gets 72.00%, also because its 1,538 numbers start at random, and learn little
+# at a rate of 5e-5. MiniLM's head, trained here on the same messages, gets 76.3% at 5e-5 and 92.6%
+# at 1e-2 (means of three seeds).
 #
 # Question 6: LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves each
 # matrix W as it is, and adds a trained matrix of rank r, the product of two small ones:
 #
 #     y = W x + b + (alpha / r) B A x        W (out, in) frozen; A (r, in) and B (out, r) trained
 #
-# For W (768, 768) and r = 8, these are 12,288 numbers instead of 589,824. B starts at zero, so the
-# model starts unchanged; A starts random, for if both were zero, neither would get a gradient. LoRA
-# saves memory: AdamW keeps two averages for each trained number. It saves time where matrices are
-# large, as it needs no gradients of W: in the article 5.79 minutes instead of 8.12 with GPT-2 XL,
-# but 0.75 instead of 0.69 with GPT-2 small. As it trains something in every block, no block can run
-# just once (section 5).
+# For W (768, 768) and r = 8, A and B have 12,288 numbers, W has 589,824. B starts at zero, so the
+# model starts unchanged. A starts random: if both were zero, neither would get a gradient. LoRA
+# saves memory, as AdamW keeps two averages for each trained number. LoRA saves time if matrices are
+# large, as W needs no gradients: in the article 5.79 minutes instead of 8.12 with GPT-2 XL, but
+# 0.75 instead of 0.69 with GPT-2 small. LoRA trains something in every block, so it freezes no
+# block, and no output can be kept (section 5).
 
 
 class LoRALinear(nn.Linear):
@@ -548,14 +559,14 @@ def make_classifier(
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, LoRALinear(child, lora_rank, lora_alpha))
-    # Training changes weights in place. It must not change the checkpoint, whose tensors the model
-    # shares: another seed starts from the same ones. So what is trained becomes a copy.
-    for p in model.trained().values():
+    # The model shares its tensors with the checkpoint. Training changes weights in place, but the
+    # next seed needs the checkpoint unchanged. So each trained weight becomes a copy.
+    for p in model.trained_parameters().values():
         p.data = p.data.clone(memory_format=torch.contiguous_format)
-    # bfloat16 keeps 8 binary digits of a number instead of 24. That is enough to compute with, and
-    # faster where the processor has instructions for it. A step of training changes a weight by
-    # less. So frozen weights are rounded, once; trained ones stay in float32, and autocast rounds a
-    # copy for each product. On a CPU, that does not pay if only the last blocks are trained.
+    # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster
+    # on some processors. But a training step changes a weight by less than its eighth digit. So
+    # frozen blocks (with LoRA: W) are rounded, once. Trained weights stay in float32, and autocast
+    # rounds a copy for each product; on a CPU only if no block is frozen, else it takes longer.
     if dtype == "bfloat16":
         model.bf16 = True
         model.h[: model.n_frozen].bfloat16()
@@ -578,32 +589,33 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
     """Stores the output of the frozen blocks in each Example: features (T, C), or (1, C) if every
     block is frozen. If they need more than feature_cache_gb gigabytes, it stores nothing, and the
     frozen blocks run in every epoch."""
-    start, n_tokens = time.perf_counter(), sum(len(e.ids) for e in examples)
+    n_tokens = sum(len(example.ids) for example in examples)
     all_frozen = model.n_frozen == model.config.n_layer
-    n_bytes = 4 * len(examples) if all_frozen else n_tokens * model.h[0].ln_1.weight.itemsize
+    n_numbers = (len(examples) if all_frozen else n_tokens) * model.config.n_embd
+    n_bytes = n_numbers * (4 if all_frozen else model.h[0].ln_1.weight.itemsize)
     for example in examples:
         example.features = None
-    if model.n_frozen == 0 or n_bytes * model.config.n_embd > feature_cache_gb * 1e9:
+    if model.n_frozen == 0 or n_bytes > feature_cache_gb * 1e9:
         return
+    texts = f"{len(examples):,} texts ({n_tokens:,} tokens)"
+    say("frozen", f"{model.n_frozen} of {model.config.n_layer} blocks, once for all {texts}")
     rows = pack(examples, tokens_per_row, model.wpe.device)
     for packed in progress(rows, "frozen blocks", len(examples)):
         lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
         for example, features in zip(packed.examples, model.frozen(packed).split(lengths)):
             example.features = features
-    texts = f"{len(examples):,} texts ({n_tokens:,} tokens)   {time.perf_counter() - start:.1f} s"
-    say("frozen", f"{model.n_frozen} of {model.config.n_layer} blocks, once for all {texts}")
 
 
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# otherwise -log(0.18) = 1.70. A model that knows nothing gives 0.5 and 0.5, with a loss of 0.69.
-# The gradient is simple: the probabilities, minus 1 for the right label, here (-0.18, 0.18). So
-# training pushes the right logit up and the others down, the more, the less sure the model was.
+# else -log(0.18) = 1.7. A model that guesses gives 0.5 and 0.5: the loss is ln 2 = 0.69. The
+# gradient of the logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So
+# training raises the right logit and lowers the others, and more strongly if the model was unsure.
 #
-# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides each gradient by its
-# usual size. So one step changes each weight by about the learning rate. That is small, 5e-5, for
-# GPT-2 should keep most of what it knows. Weight decay pulls each weight a little toward zero. Each
-# step is for one batch of texts, packed into rows of tokens, of which one at a time is in memory.
+# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides the average gradient of
+# a weight by its usual size. So a step changes a weight by about the learning rate at most: 5e-5,
+# since GPT-2 should keep what it knows. Weight decay pulls weights toward zero. Each step uses one
+# batch of texts, packed into rows. Only one row at a time is in memory.
 
 
 def batches(examples, batch_size, seed, epoch):
@@ -627,10 +639,10 @@ def fit(
     tokens_per_row=384,
 ):
     """Trains a model on a list of Examples. Yields (epoch, loss, accuracy) after each epoch: means
-    over the Examples, each measured just before the model learned from it. Raises Fault if the loss
-    is not finite. The last epoch is the result, as in the article: the best one on 149 validation
-    texts would mostly be the luckiest one."""
-    device, trained = model.wpe.device, list(model.trained().values())
+    over the Examples, without class weights, each measured just before the model learned from it.
+    Raises Fault if the loss is not finite. The last epoch is the result, as in the article: with
+    149 validation texts, the best epoch would mostly be a lucky one."""
+    device, trained = model.wpe.device, list(model.trained_parameters().values())
     optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
     class_weight = None
     if class_weights:  # n / (K n_k): the texts of each label count as much as those of any other
@@ -647,8 +659,8 @@ def fit(
             factor = 1 - part_done if lr_schedule == "linear" else 1.0
             optimizer.param_groups[0]["lr"] = learning_rate * factor
             optimizer.zero_grad()
-            # backward() adds to the gradients. So the rows of a batch can come one after the other,
-            # if each adds the sum of its losses divided by the size of the batch.
+            # backward() adds to the gradients. So the rows of a batch can run one after the other:
+            # each adds its sum of losses, divided by the size of the batch.
             for packed in pack(batch, tokens_per_row, device):
                 logits = model(packed)  # (N, K)
                 loss = F.cross_entropy(logits, packed.label_ids, class_weight, reduction="sum")
@@ -671,57 +683,56 @@ def probabilities(model, examples, tokens_per_row=384):
     rows = pack(examples, tokens_per_row, model.wpe.device)
     rows = progress(rows, "predicting", len(examples))
     probs = [model(packed).softmax(1).cpu() for packed in rows]
-    return torch.cat([torch.empty(0, model.head.out_features), *probs])
+    return torch.cat(probs) if probs else torch.empty(0, model.head.out_features)
 
 
-def score(probs, label_ids):
-    """(N, K) probabilities and (N,) true label ids -> (mean cross entropy, accuracy)."""
-    loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)
+def score(model, examples, tokens_per_row=384):
+    """A list of Examples with labels -> (mean cross entropy, accuracy)."""
+    probs = probabilities(model, examples, tokens_per_row)
+    label_ids = torch.tensor([example.label_id for example in examples])
+    loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)  # log(0) is -inf
     return loss.item(), (probs.argmax(1) == label_ids).double().mean().item()
 
 
 def finetune_model(config, checkpoint, examples, n_labels, options):
-    """All of it: builds a classifier, and trains it on examples["train"]. If there are Examples of
-    "validation", they show how well it does on others. options: {flag: value} for the functions
-    above. Returns (model, its weights before training, accuracy in the last epoch of training)."""
+    """Builds a classifier and trains it on examples["train"]; examples["validation"], if there,
+    only measure it. options: {name: value} for the functions above. Returns (model, its weights
+    before training, training accuracy of the last epoch)."""
     torch.manual_seed(options["seed"])  # decides random weights and the head
     model = build(config, checkpoint)
     weights_before = model.state_dict()
     make_classifier(model, n_labels, **chosen(make_classifier, options)).to(options["device"])
-    if checkpoint is None or examples["train"][0].features is None:  # else another seed's serve
+    # A checkpoint gives every seed the same frozen blocks: keep the features of the first seed.
+    if checkpoint is None or examples["train"][0].features is None:
         everything = [example for part in examples.values() for example in part]
         cache_features(model, everything, **chosen(cache_features, options))
-    validation = examples.get("validation", [])
-    label_ids = torch.tensor([example.label_id for example in validation])
-
-    def validate():
-        return score(probabilities(model, validation, options["tokens_per_row"]), label_ids)
-
+    validation, accuracies = examples.get("validation"), []
     if validation:
-        say("untrained", "loss {:.3f}   validation {:6.1%}".format(*validate()))
-    accuracies, start = [], time.perf_counter()
-    for epoch, loss, accuracy in fit(model, examples["train"], **chosen(fit, options)):
-        line = f"loss {loss:.3f}   train {accuracy:6.1%}"
+        loss, accuracy = score(model, validation, options["tokens_per_row"])
+        say("untrained", f"validation {accuracy:6.1%}, loss {loss:.3f}")
+    start = time.perf_counter()
+    for epoch, loss, train_accuracy in fit(model, examples["train"], **chosen(fit, options)):
+        line = f"loss {loss:.3f}   train {train_accuracy:6.1%}"
         if validation:
-            accuracies.append(validate()[1])
+            accuracies.append(score(model, validation, options["tokens_per_row"])[1])
             line += f"   validation {accuracies[-1]:6.1%}"
         seconds, start = time.perf_counter() - start, time.perf_counter()
         say(f"epoch {epoch}/{options['num_epochs']}", f"{line}   {seconds:.1f} s")
     if validation and max(accuracies) > accuracies[-1]:
         best = accuracies.index(max(accuracies)) + 1
         say("", f"validation was best after epoch {best}; the last epoch is the result")
-    return model, weights_before, accuracy
+    return model, weights_before, train_accuracy
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. Evaluation
 #
-# Accuracy, the share of texts that are classified correctly, hides much if one label prevails: with
-# nine messages in ten ham, "always ham" gets 90%. Precision and recall look at one label.
-# Precision depends on its frequency: a classifier that recognizes 98% of spam and 98% of ham has
-# 98% precision if half of the messages are spam, as in the article (--balance). In reality, one in
-# seven was: with six times as much ham, it is 0.98 / (0.98 + 6 * 0.02) = 89%. And all of the
-# article's figures come from one data set: on another, its questions may have other answers.
+# Accuracy is the share of texts that are classified correctly. It hides much if most texts have one
+# label: if nine messages in ten are ham, "always ham" gets 90%. Precision and recall (below) look
+# at one label. Precision depends on how frequent the label is. Take a classifier that recognizes
+# 98% of spam and 98% of ham. If half of the messages are spam, as in the article (--balance), its
+# precision is 98%. In reality, there was six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%. And
+# the article's figures come from one data set; another may give other answers.
 
 
 def wilson_interval(accuracy, n):
@@ -762,13 +773,16 @@ def finetune(texts, labels, *, verbose=True, **options):
     Leaves the random state of torch as it was. Raises Fault, a ValueError, for texts, labels or
     values that do not work, TypeError for an unknown option, FileNotFoundError.
     """
-    flags, functions = [], (load_pretrained, Encoder, make_classifier, cache_features, fit)
-    known = {"device"}.union(*(chosen(f, vars(parse(["--train"]))) for f in functions))
+    defaults, flags = vars(parse(["--train"])), []
+    functions = (load_pretrained, Encoder, make_classifier, cache_features, fit)
+    known = {"device"}.union(*(chosen(function, defaults) for function in functions))
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"finetune has no option {name}, only {', '.join(sorted(known))}")
-        if value is not None and value is not False:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not None and value is not False:
+            flags.append(f"--{name}={value}")
     args = vars(parse(["--train", *flags]))  # with the checks and defaults of the command line
     args |= {"seed": args["seed"][0], "data": None}
     texts, names, label_ids = check_texts(texts, labels)
@@ -814,7 +828,7 @@ class Classifier:
             if "wte" not in tensors:  # only what was trained is saved
                 tensors = load_pretrained(options["model_size"])[1] | tensors
             model, how = build(config, tensors), chosen(make_classifier, options)
-            trained = make_classifier(model, len(self.labels), **how).trained()
+            trained = make_classifier(model, len(self.labels), **how).trained_parameters()
             model.load_state_dict({name: tensors[name] for name in trained}, strict=False)
         self.model = model.to(device)
 
@@ -842,7 +856,7 @@ def contents(model, weights_before, encoder, vocabulary, texts, labels, options)
     """What is saved of a finetuned model -> ({name: tensor}, metadata). Frozen weights are those
     before training, since the model may have rounded them; what can be downloaded is left out."""
     tensors = {} if options["weights"] == "pretrained" else weights_before
-    tensors = tensors | {name: p.detach() for name, p in model.trained().items()}
+    tensors = tensors | {name: p.detach() for name, p in model.trained_parameters().items()}
     info = {"labels": labels, "config": dataclasses.asdict(model.config), "vocabulary": vocabulary}
     info |= {"options": options | {"pad_to": encoder.pad_to, "classifier": None}}
     info |= {"training_texts": hashes(texts)}
@@ -856,7 +870,7 @@ def chosen(function, options):
 
 
 def hashes(texts):
-    """By these, --evaluate recognizes the texts of training: 64 bits of each one's sha256."""
+    """64 bits of each text's sha256. With these, --evaluate recognizes texts of training."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     return [hashlib.sha256(text).hexdigest()[:16] for text in encoded]
 
@@ -889,7 +903,8 @@ def best_for(device=None):
     best = torch.accelerator.current_accelerator(check_available=True)
     device = str(device or (best.type if best and best.type in ("cuda", "mps") else "cpu"))
     with blame(f"--device {device} does not work on this machine"):
-        kind = torch.empty(0, device=device).device.type
+        kind = torch.device(device).type
+        torch.zeros(1, device=device).item()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in all versions of torch
     fast = kind == "cpu" and cpu.get("avx512_bf16", False)
     fast = fast or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -913,7 +928,7 @@ def blame(what):
 
 
 def printable(text):
-    """Text with control characters, line ends and changes of direction as in Python source."""
+    """Escapes control characters, line ends and changes of direction as in Python source."""
     unsafe = "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(unsafe, lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
@@ -1014,7 +1029,7 @@ SHA256 = {  # where it is known
 
 def download(url, name, way_out="name a file of your own with --data, or see --offline"):
     """The path of a file, which is downloaded if it is not there. It gets its name once it is
-    complete: by its sha256 or, where that is not known, as a safetensors file. Raises Fault."""
+    complete: if its sha256 is right or, where none is known, its safetensors header. Raises Fault."""
     path, partial = CACHE / name, CACHE / f"{name}.{os.getpid()}"
     timeout, sha256 = socket.getdefaulttimeout(), SHA256.get(name)
     with blame(f"could not download {url}: try again, put it at {path}, {way_out}"):
@@ -1074,10 +1089,8 @@ def map_bert(tensors):
 def load_pretrained(model_size=None, weights="pretrained", disable_causal_mask=False):
     """What a model starts from -> (GPTConfig, checkpoint, vocabulary). weights: "pretrained", which
     downloads them; "random" (the checkpoint is None); or a file of GPT-2 or BERT. The vocabulary is
-    None, but for a BERT file with its own. Raises FileNotFoundError, Fault."""
+    None, unless vocab.txt lies beside a BERT file. Raises FileNotFoundError, Fault."""
     config, checkpoint, vocabulary = SIZES.get(model_size), None, None
-    if weights == "pretrained" and model_size == "gpt2-nano":
-        raise Fault("gpt2-nano is not published: use --weights random")
     if weights != "random":
         path = Path(download_model(model_size) if weights == "pretrained" else weights)
         tensors, metadata = read_safetensors(path)
@@ -1332,7 +1345,8 @@ def summary(predicted, label_ids, n_labels):
 def report(name, probs, label_ids, labels):
     """Prints how well (N, K) probabilities of the labels fit (N,) true label ids."""
     predicted, K, names = probs.argmax(1), len(labels), [printable(label) for label in labels]
-    say(name, f"{summary(predicted, label_ids, K)}, loss {score(probs, label_ids)[0]:.3f}")
+    loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)
+    say(name, f"{summary(predicted, label_ids, K)}, loss {loss:.3f}")
     confusion = confusion_matrix(predicted, label_ids, K)
     shares = torch.stack(scores_by_label(confusion), dim=1).numpy()  # (K, 3)
     table = pd.DataFrame(shares, names, ["precision", "recall", "F1"])
@@ -1370,8 +1384,8 @@ def baselines(texts, label_ids, n_labels):
 def verdict(correct, baseline_correct, baseline):
     """Compares a classifier with a baseline -> (line, whether it is certainly below). (N,) tensors:
     1 for a text that is classified correctly, else 0, or the mean of that over seeds. Both saw the
-    same texts, so only those count that just one of the two gets right. If chance decided about
-    these, McNemar's test (1947) would find a difference in at most one case of twenty."""
+    same texts, so only those count that just one of the two gets right. If both were equally good,
+    McNemar's test (1947) would find a difference in about one case of twenty."""
     ours = (correct * (1 - baseline_correct)).sum().item()
     theirs = (baseline_correct * (1 - correct)).sum().item()
     certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)
@@ -1385,8 +1399,8 @@ def advice(predicted, label_ids, labels, counts, train_accuracy, below, options)
     texts of training with each label; below: whether a baseline is certainly better."""
     rate, layers = options["learning_rate"], options["trainable_layers"]
     never = set(range(len(labels))) - set(predicted.tolist())
-    if len(never) == len(labels) - 1 and options["weights"] == "random":
-        return ["all answers are the same: use pretrained weights, such as --model_size minilm"]
+    if options["weights"] == "random" and (below or len(never) == len(labels) - 1):
+        return ["random weights need many more texts: use pretrained ones (--model_size minilm)"]
     if train_accuracy < 0.95:
         ways, more = [], {"last_layer": "last_block", "last_block": "last_two_blocks"}
         if 10 * rate <= (0.1 if layers == "last_layer" else 1e-3):
@@ -1467,7 +1481,10 @@ def train(args):
         text = min(texts["test"], key=lambda text: abs(len(text) - 30) + 999 * ("\n" in text))
         command = shlex.join(["--classifier", path, f"--predict={text}"])
         say("try", f"python {os.path.basename(__file__)} {command}")
-    figures = {"trained": sum(p.numel() for p in model.trained().values()) / 1e6, "test": mean}
+    figures = {
+        "trained": sum(p.numel() for p in model.trained_parameters().values()) / 1e6,
+        "test": mean,
+    }
     figures |= {"sd": sd, "low": low, "high": high, "seeds": len(args.seed), "seconds": seconds}
     return figures | {"bag_of_words": hits["bag of words"].mean().item()}
 
@@ -1569,7 +1586,7 @@ def predict_file(args):
 def trace(args):
     """--trace: what a classifier answers after each token. One forward pass is enough: under the
     causal mask, the hidden state of a token is that of a text which ends there."""
-    classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
+    classifier = Classifier(args.classifier, args.device, "float32")
     encoder, model, labels = classifier.encoder, classifier.model, classifier.labels
     if not encoder.config.causal or encoder.pooling == "first" or encoder.pad_to:
         raise Fault("--trace needs GPT-2 with its mask, not pooled at the first token or padding")
@@ -1623,7 +1640,7 @@ def generate(args):
     if not config.causal:
         raise Fault("--generate needs a causal model: no other predicts the next token")
     model, tokenizer = build(config, checkpoint).to(args.device), get_tokenizer(config)
-    (ids,) = Encoder(config, tokenizer).tokenize([args.generate or "<|endoftext|>"])
+    ids = tokenizer.encode_ordinary(args.generate[:900_000]) or [tokenizer.eot_token]
     for _ in range(args.max_new_tokens):
         window = torch.tensor(ids[-config.block_size :])
         example = Example(window, pooled=range(len(window) - 1, len(window)))
@@ -1732,7 +1749,7 @@ def parse(argv):
     if args.weights in ("pretrained", "random"):
         args.model_size = args.model_size or "gpt2-small"
     args.device, best_dtype, best_tokens = best_for(args.device)
-    if args.predict is not None or args.trace:  # rounding weights takes longer than it saves
+    if args.predict is not None:  # rounding all weights takes longer than a few texts save
         best_dtype = "float32"
     args.dtype, args.tokens_per_row = args.dtype or best_dtype, args.tokens_per_row or best_tokens
     return args
