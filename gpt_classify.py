@@ -84,10 +84,9 @@ from torch import nn
 # found. One look is not enough: what a word means depends on words whose meaning depends on others.
 # So GPT-2 small has twelve blocks, one after the other.
 #
-# Question 5: the four published sizes differ in depth and width (a head always has 64 channels). In
-# the article, larger ones do better, except for 355M: its author suspects its pretraining, or that
-# the settings do not suit it. Size costs time: training the last block takes 0.28 minutes with 124M
-# parameters, and 2.83 with 1,558M.
+# Question 5: the published sizes differ in depth and width; a head always has 64 channels. In the
+# article, larger ones do better, except for 355M. Its author suspects its pretraining, or that the
+# settings do not suit it. Size costs time: 0.28 minutes with 124M parameters, 2.83 with 1,558M.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +226,9 @@ class GPT(nn.Module):
         """PackedTexts -> (T, C): looks up the vectors wte[ids] of tokens, wpe[pos] of positions."""
         return self.ln_e(F.embedding(packed.ids, self.wte) + F.embedding(packed.pos, self.wpe))
 
-    # The plain form; of this file, only --trace uses it. After all blocks and ln_f, each token has a
-    # hidden state. A language model multiplies it by all token embeddings, x @ wte.T, to score each
-    # token of the vocabulary as the next one. A classifier pools, then applies its head:
-    # head(pool(x)).
+    # The plain form, of which --trace makes use. In the end, each token has a hidden state. A
+    # language model multiplies it by all token embeddings, x @ wte.T, to score each token of the
+    # vocabulary as the next one. A classifier pools, then applies its head: head(pool(x)).
 
     def hidden_states(self, packed):
         """All tokens through all blocks: PackedTexts -> (T, C)."""
@@ -344,8 +342,7 @@ def build(config, checkpoint=None):
 #
 # Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
 # (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
-# text, the first only itself: the article's 75.00% come from first words alone. (Without the mask,
-# as in BERT, the first token sees the whole text, too.)
+# text, the first only itself: 75.00% from first words. (Without the mask, the first sees all, too.)
 # The choices, for "You are a winner" padded to 6 tokens:
 #
 #     You  are  a  winner  <|endoftext|>  <|endoftext|>
@@ -543,9 +540,9 @@ def make_classifier(
     model, n_labels, trainable_layers="last_block", lora_rank=8, lora_alpha=64.0, dtype="float32"
 ):
     """Gives a GPT a head for n_labels, and freezes what is not trained. dtype "bfloat16": most of
-    the model computes in it. Returns the model. Raises Fault."""
-    C, n_blocks = model.config.n_embd, TRAINED_BLOCKS[trainable_layers]
-    model.head = nn.Linear(C, n_labels)
+    the model computes in it. Returns the model."""
+    n_blocks = TRAINED_BLOCKS[trainable_layers]
+    model.head = nn.Linear(model.config.n_embd, n_labels)
     model.requires_grad_(trainable_layers == "all")
     model.head.requires_grad_(True)
     if n_blocks is not None:
@@ -553,8 +550,6 @@ def make_classifier(
         model.h[model.n_frozen :].requires_grad_(True)
         model.ln_f.requires_grad_(n_blocks > 0)
     if trainable_layers == "lora":
-        if lora_rank > C:
-            raise Fault(f"--lora_rank {lora_rank} exceeds the model's width, {C}")
         for module in list(model.h.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -959,9 +954,10 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path):
+def read_safetensors(path, fault=None):
     """A safetensors file -> ({name: tensor}, {str: str} metadata). Raises Fault."""
-    with open(path, "rb") as file, blame(f"{path} is not a complete safetensors file"):
+    fault = fault or f"{path} is not a complete safetensors file"
+    with open(path, "rb") as file, blame(fault):
         # COPY: whatever is done to the tensors, the file stays as it is.
         data, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
         start = 8 + int.from_bytes(data[:8], "little")
@@ -1032,7 +1028,8 @@ def download(url, name, way_out="name a file of your own with --data, or see --o
     complete: if its sha256 is right or, where none is known, its safetensors header. Raises Fault."""
     path, partial = CACHE / name, CACHE / f"{name}.{os.getpid()}"
     timeout, sha256 = socket.getdefaulttimeout(), SHA256.get(name)
-    with blame(f"could not download {url}: try again, put it at {path}, {way_out}"):
+    fault = f"could not download {url}: try again, put it at {path}, {way_out}"
+    with blame(fault):
         try:
             socket.setdefaulttimeout(30)  # seconds that a server may be silent
             CACHE.mkdir(parents=True, exist_ok=True)
@@ -1040,7 +1037,7 @@ def download(url, name, way_out="name a file of your own with --data, or see --o
                 show = sys.stdout.isatty() and sys.stderr.isatty()
                 torch.hub.download_url_to_file(url, str(partial), sha256, progress=show)
                 if sha256 is None:
-                    read_safetensors(partial)
+                    read_safetensors(partial, fault)
                 partial.replace(path)
             return path
         finally:
@@ -1442,8 +1439,7 @@ def train(args):
     if encoder.n_cut:
         say("", f"{encoder.n_cut:,} texts are cut to {encoder.max_length:,} tokens")
     K, simple = len(labels), baselines(texts, label_ids, len(labels))
-    for name, answers in simple.items():
-        say("baseline", f"{name}: {summary(answers, label_ids['test'], K)}")
+    say("baseline", *(f"{name}: {summary(simple[name], label_ids['test'], K)}" for name in simple))
     if path and Path(path).exists():
         say("note", f"{path} will be replaced")
 
