@@ -843,7 +843,6 @@ class Classifier:
 
     def save(self, path):
         """Writes the classifier to a file. Raises Fault if that would replace any other file."""
-        check_output(path, may_replace=True)
         write_safetensors(path, *self.contents)
 
 
@@ -987,6 +986,7 @@ def write_safetensors(path, tensors, metadata):
 @contextlib.contextmanager
 def replacing(path, may_replace=False):
     """Opens a file for writing bytes. It gets the name `path` once it is complete and on disk."""
+    check_output(path, may_replace)
     unfinished = Path(f"{path}.{os.getpid()}")
     with open(unfinished, "xb") as file:
         try:
@@ -1554,7 +1554,6 @@ def predict_file(args):
     """--predict_file: the rows of a table with two more columns, as CSV, 1,000 rows at a time."""
     path, output = args.predict_file, contextlib.nullcontext(sys.stdout.buffer)
     if args.output:
-        check_output(args.output)
         output = replacing(args.output)
     classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
     frame, name = read_table(path), args.text_column or classifier.info["options"]["text_column"]
