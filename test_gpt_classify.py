@@ -765,8 +765,10 @@ def test_archives_are_read_without_unpacking_them_and_the_reviews_are_split_as_i
     g.CACHE.mkdir()
     with zipfile.ZipFile(g.CACHE / "sms.zip", "w") as archive:
         archive.writestr("../../outside", "harm")
-        archive.writestr("SMSSpamCollection", 'ham\t"hi\nham\tyou" x\nspam\t007\n')
-    assert g.read_data("sms").to_numpy().tolist() == [["ham", "hi\nham\tyou x"], ["spam", "007"]]
+        archive.writestr("SMSSpamCollection", 'ham\t"hi\nham\tyou" x\nspam\tWIN\n')
+    assert g.read_data("sms").to_numpy().tolist() == [["ham", "hi\nham\tyou x"], ["spam", "WIN"]]
+    Path("SMSSpamCollection").write_text("ham\t007\nspam\t08\n")
+    assert g.read_data("SMSSpamCollection")["text"].tolist() == ["007", "08"]
     names = []
     for folder in ("test/pos", "test/neg", "train/pos", "train/neg"):  # the article's order
         names += sorted(f"aclImdb/{folder}/{n}_7.txt" for n in range(20))
@@ -782,7 +784,7 @@ def test_archives_are_read_without_unpacking_them_and_the_reviews_are_split_as_i
     expected = pd.Series(names).sample(**SHUFFLED).sample(**SHUFFLED)
     assert found["text"].tolist() == expected.tolist()
     assert (found["label"] == found["text"].str.split("/").str[2]).all()
-    assert os.listdir() == []
+    assert os.listdir() == ["SMSSpamCollection"]
 
 
 def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
@@ -1024,13 +1026,13 @@ def test_terminal_escapes_reach_no_terminal(run):
 
 def test_generation_is_greedy_and_goes_on_past_what_the_model_can_see(run):
     write_checkpoint("w", gpt2_file())
-    ids, wte = list(b"Every effort"), draw_weights(TINY)["wte"].double()
-    for _ in range(3):
-        ids.append(int((wte @ by_the_book(ids)[-1]).argmax()))
-    out = g.printable(bytes(ids).decode(errors="replace")) + "\n"
-    assert run("--weights w --max_new_tokens 3 --generate", "Every effort") == (0, out, "")
+    wte, decode = draw_weights(TINY)["wte"].double(), g.get_tokenizer(TINY).decode
+    for text, ids in (("Every effort", list(b"Every effort")), ("", [256])):  # <|endoftext|>
+        for _ in range(4):
+            ids.append(int((wte @ by_the_book(ids)[-1]).argmax()))
+        out = run("--weights w --max_new_tokens 4 --generate", text)
+        assert out == (0, g.printable(decode(ids)) + "\n", "")
     assert run("--weights w --max_new_tokens 10 --generate", "x" * 60)[0] == 0
-    assert run("--weights w --generate", "")[1].startswith("<|endoftext|>")
 
 
 def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(trained, run):
