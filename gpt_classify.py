@@ -21,10 +21,10 @@ This is how a message goes through GPT-2 small:
                                  turns them into probabilities
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
---offline, and watch the classifier read: --trace "for each item in the list" (`for` looks like
-code, the words after it do not). Sections 7 to 11 make it a tool. The lesson uses four names from
-there: chosen(function, options) keeps the options that the function takes, progress and say print,
-and Fault is an error that users can fix.
+--offline, and watch the classifier read: --trace "while the server is running" (it starts as code,
+and ends as prose). Sections 7 to 11 make it a tool. The lesson uses four names from there:
+chosen(function, options) keeps the options that the function takes, progress and say print, and
+Fault is an error that users can fix.
 
 The article's seven questions, its answers, and where the code is. Each accuracy is from one run, on
 300 messages (question 3: 10,000 movie reviews), about half of them with each label. Between two
@@ -177,8 +177,8 @@ class Block(nn.Module):
     """Attention, then MLP: 4 C² and 8 C² weights, 7.1 million in GPT-2 small.
 
     Attention and MLP each add their output to x, so gradients have a direct way to the first block.
-    LayerNorm keeps the numbers in range: it brings each token's vector to mean 0 and
-    variance 1, then scales and shifts every channel by learned numbers.
+    LayerNorm keeps the numbers in range: it brings each token's vector to mean 0 and variance 1,
+    then scales and shifts every channel by learned numbers.
 
     Question 3: BERT (arXiv:1810.04805) is built from the same parts. It learned to fill in words
     that were left out of a text, so it has no causal mask: each token sees both sides. Each text
@@ -791,9 +791,9 @@ def finetune(texts, labels, *, verbose=True, **options):
         encoder = Encoder(config, tokenizer, texts=texts, **chosen(Encoder, args))
         examples = {"train": encoder.examples(texts, label_ids)}
         model, before, _ = finetune_model(config, checkpoint, examples, len(names), args)
-        saved = contents(model, before, encoder, vocabulary, texts, names, args)
+        saved = to_save(model, before, encoder, vocabulary, texts, names, args)
     how = [options.get(name) for name in ("dtype", "tokens_per_row")]
-    return Classifier(None, args["device"], *how, contents=saved)
+    return Classifier(None, args["device"], *how, saved=saved)
 
 
 class Classifier:
@@ -804,8 +804,8 @@ class Classifier:
     Raises FileNotFoundError, or Fault if the file is no classifier.
     """
 
-    def __init__(self, path, device=None, dtype=None, tokens_per_row=None, contents=None):
-        if contents is None and not Path(path).exists():
+    def __init__(self, path, device=None, dtype=None, tokens_per_row=None, saved=None):
+        if saved is None and not Path(path).exists():
             raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
         device, best_dtype, best_tokens = best_for(device)
         dtype = dtype or ("float32" if device == "cpu" else best_dtype)
@@ -814,7 +814,7 @@ class Classifier:
         self.tokens_per_row = tokens_per_row or best_tokens
         fault = f"{path} is no classifier, or of another version: train it again"
         with blame(fault), torch.random.fork_rng([]):
-            tensors, metadata = self.contents = contents or read_safetensors(path)
+            tensors, metadata = self.saved = saved or read_safetensors(path)
             self.info = json.loads(metadata["gpt_classify"])
             self.labels, options = self.info["labels"], self.info["options"] | {"dtype": dtype}
             self.known_texts = set(self.info["training_texts"])
@@ -844,10 +844,10 @@ class Classifier:
 
     def save(self, path):
         """Writes the classifier to a file. Raises Fault if that would replace any other file."""
-        write_safetensors(path, *self.contents)
+        write_safetensors(path, *self.saved)
 
 
-def contents(model, weights_before, encoder, vocabulary, texts, labels, options):
+def to_save(model, weights_before, encoder, vocabulary, texts, labels, options):
     """What is saved of a finetuned model -> ({name: tensor}, metadata). Frozen weights are those
     before training, since the model may have rounded them; what can be downloaded is left out."""
     tensors = {} if options["weights"] == "pretrained" else weights_before
@@ -876,7 +876,7 @@ def as_list(column):
 
 
 def has_text(cell):
-    if not isinstance(cell, str) and pd.isna(cell) is not True:  # None, nan and the like may be
+    if not isinstance(cell, str) and pd.isna(cell) is not True:  # None and nan are missing texts
         raise Fault(f"{cell!r:.50} is no string: all texts must be strings")
     return isinstance(cell, str) and cell.strip() != ""
 
@@ -1462,7 +1462,7 @@ def train(args):
         report("test" if len(args.seed) == 1 else f"seed {seed}", probs, label_ids["test"], labels)
         predicted.append(probs.argmax(1))
         if path and len(predicted) == 1:
-            saved = contents(model, before, encoder, vocabulary, texts["train"], labels, options)
+            saved = to_save(model, before, encoder, vocabulary, texts["train"], labels, options)
             write_safetensors(path, *saved)
 
     correct = (torch.stack(predicted) == label_ids["test"]).double()  # (seeds, N)
