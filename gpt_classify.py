@@ -1,6 +1,6 @@
 """GPT-2 as a text classifier, in one file to be read from top to bottom.
 
-    python gpt_classify.py --train --offline              # a first try: one minute, no download
+    python gpt_classify.py --train --offline              # a first try: half a minute, no download
     python gpt_classify.py --train --model_size minilm    # a small BERT: 15 seconds on a CPU
     python gpt_classify.py --train                        # finetune GPT-2 to tell spam from ham
     python gpt_classify.py --predict "You are a winner"
@@ -17,19 +17,19 @@ This is how a message goes through GPT-2 small:
     h[0] ... h[11], ln_f         (4, 768): twelve blocks turn them into hidden states, in which each
                                  token also holds information from the tokens before it
     the last hidden state        (1, 768): pooling; only the last token has seen the whole text
-    head                         (1, 2): logits, a score for ham and a score for spam; softmax
-                                 turns them into probabilities
+    head                         (1, 2): logits, a number for ham (not spam) and one for spam;
+                                 softmax turns them into probabilities
 
 Sections 1 to 6 are the lesson. Read them in order: it takes about an hour. Then train with
 --offline, and watch the classifier read: --trace "while the server is running" (it starts as code,
 and ends as prose). Sections 7 to 10 make it a tool. The lesson uses some of their functions: chosen
 keeps the options that a function takes, say prints, and Fault is an error that users can fix.
 
-The article's seven questions: train all layers or few (section 4)? pool the last token or the first
-(3)? how does BERT compare (1)? causal mask or none (3)? does size help (1)? does LoRA (4)? padding
-or none (3)? The accuracies quoted there are the article's, each from one run, on 300 messages, half
-of them spam (BERT: 10,000 movie reviews, half of them positive). Between two accuracies near 95% on
-300 messages, a difference of less than 3.5 points may be chance.
+The article's seven questions, and their sections: 1. train all layers or few (4)? 2. pool the last
+token or the first (3)? 3. how does BERT compare (1)? 4. causal mask or none (3)? 5. does size help
+(1)? 6. does LoRA (4)? 7. padding or none (3)? Accuracies are the article's, unless they say "here":
+each from one run, on 300 messages, half of them spam (BERT: 10,000 movie reviews, half of them
+positive). Between two near 95% on 300 messages, a difference of less than 3.5 points may be chance.
 
 Shapes: a row is several texts end to end (section 3), with T tokens, N texts, Q pooled positions
 (Q = N, except for the pooling `mean`). C channels, H attention heads of D channels, K labels.
@@ -70,12 +70,12 @@ from torch import nn
 # ------------------------------------------------------------------------------------------------
 # 1. The model
 #
-# GPT-2 was trained on 40 GB of web pages to predict the next token. It is a stack of equal blocks.
-# Each block lets the tokens of a text look at each other once, and then works on what each of them
-# found. One look is not enough: what a word means depends on words whose meaning depends on others.
-# So GPT-2 small has twelve blocks, one after the other.
+# GPT-2 was trained on 40 GB of web pages to predict the next token. It is a stack of blocks of the
+# same kind. Each lets the tokens of a text look at each other once, and then works on what each of
+# them found. Once is not enough: a word's meaning depends on words whose meaning depends on others.
+# So GPT-2 small has twelve blocks, one after the other, with different weights.
 #
-# Question 5: GPT-2's sizes differ in depth and width; an attention head always has 64 channels. With
+# Question 5: GPT-2's sizes differ in depth and width; each attention head has 64 channels. With
 # 124M parameters, the article gets 95.00%, with 355M 84.67% (it suspects pretraining or settings),
 # with 774M 96.67%, with 1,558M 98.33%: maybe chance. Time grows from 0.28 to 2.83 minutes.
 
@@ -144,9 +144,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each token by itself: (T, C) -> (T, C). Without GELU, two linear layers equal one.
-    GELU is a smooth max(x, 0): x times the probability that a standard normal number is below x.
-    GPT-2 was trained with an approximation of it that uses tanh."""
+    """Multi-layer perceptron, works on each token by itself: (T, C) -> (T, C). Without GELU, two
+    linear layers equal one. GELU is a smooth max(x, 0): x times the probability that a standard
+    normal number is below x. GPT-2 was trained with an approximation of it that uses tanh."""
 
     def __init__(self, config):
         super().__init__()
@@ -205,7 +205,7 @@ class GPT(nn.Module):
         self.ln_e = config.layer_norm() if config.bert else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.bert else config.layer_norm()  # the final one
-        self.head = None  # section 4 adds the head of a classifier
+        self.head = None  # section 4 adds this layer (it is no attention head): it gives logits
         self.n_frozen = 0  # the first n_frozen blocks are not trained
         self.bf16 = False  # True: most of the model computes in bfloat16 (section 4)
 
@@ -218,14 +218,14 @@ class GPT(nn.Module):
     #     for block in self.h:
     #         x = block(x, packed.mask(causal))                     # (T, C)
     #     logits = self.head(packed.pool(self.ln_f(x)[pooled]))     # (Q, C) -> (N, C) -> (N, K)
-    # (A language model computes x @ wte.T instead: a score for each token of the vocabulary.)
+    # (A language model computes x @ wte.T instead: a logit for each token of the vocabulary.)
     # The fast forward pass gives the same logits with less work. The head reads only pooled
     # positions, so the last block computes only those. It still needs keys and values of all
     # tokens, 2 C² of its 12 C² weights. If 1 token in 30 is pooled, it does (2 + 10 / 30) / 12 of
     # the work, a fifth. The pass has two parts, so that the output of the first can be kept.
 
     def run_blocks(self, blocks, x, packed):
-        """x (T, C) through some blocks -> (T, C); if the last block is one, pooled -> (N, C)."""
+        """x (T, C) through blocks -> (T, C); with the model's last block among them -> (N, C)."""
         mask = packed.mask(self.config.causal)
         for block in blocks:
             if block is not self.h[-1]:
@@ -239,7 +239,7 @@ class GPT(nn.Module):
         frozen, it is pooled, (N, C); if none is, it is the embedding."""
         if packed.features is not None:
             return packed.features
-        x = self.embed(packed).to(self.h[0].ln_1.weight.dtype)  # section 4 may change the dtype
+        x = self.embed(packed).to(self.h[0].ln_1.weight.dtype)  # bfloat16 if section 4 says so
         return self.run_blocks(self.h[: self.n_frozen], x, packed)
 
     def trainable(self, features, packed):
@@ -278,10 +278,10 @@ def map_gpt2(tensors):
     """{OpenAI's name: tensor} -> {name in our GPT: tensor}."""
     checkpoint = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")  # which stands there in some files
+        name = name.removeprefix("transformer.")  # some files put this before each name
         name = name.replace("wte.weight", "wte").replace("wpe.weight", "wpe")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.T
+            tensor = tensor.T  # c_q, c_k and c_v are now one below the other
         if "c_attn" in name:
             for letter, third in zip("qkv", tensor.chunk(3)):
                 checkpoint[name.replace("c_attn", f"c_{letter}")] = third
@@ -292,9 +292,9 @@ def map_gpt2(tensors):
 
 def build(config, checkpoint=None):
     """A GPT with the tensors of a checkpoint {name: tensor}; it shares float32 tensors, without a
-    copy. Without a checkpoint, matrices are random, normal with standard deviation 0.02. In GPT-2,
-    this is divided by sqrt(2 n_layer) for c_proj: x is a sum of 2 n_layer outputs of c_proj, two
-    from each block. Raises KeyError or RuntimeError if the checkpoint does not fit."""
+    copy. Without a checkpoint, matrices are random with standard deviation 0.02, biases 0, weights
+    of LayerNorm 1. In GPT-2, that of c_proj is 0.02 / sqrt(2 n_layer), since x is a sum of 2
+    n_layer outputs of c_proj. Raises KeyError or RuntimeError if the checkpoint does not fit."""
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     if checkpoint is None:
@@ -314,8 +314,8 @@ def build(config, checkpoint=None):
 # 3. Texts: tokens, pooling, packing
 #
 # Tokens. GPT-2's vocabulary comes from byte pair encoding: start with the 256 bytes, make the most
-# frequent pair of neighbors in a large corpus a new token, and do that 50,000 times. <|endoftext|>
-# makes 50,257. Most words are one token, which includes the space before the word.
+# frequent pair of neighbors in a large corpus a new token, and do that 50,000 times. <|endoftext|>,
+# which stood between web pages, makes 50,257. Most words are one token, with the space before them.
 #
 # Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
 # (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
@@ -341,7 +341,7 @@ def build(config, checkpoint=None):
 #
 # Tokens meet in attention and nowhere else. So a mask there is enough to keep the texts apart:
 #
-#     x . . . . . . . .      mask[i, j]: token i sees token j, that is, if
+#     x . . . . . . . .      mask[i, j]: token i sees token j. There are two conditions:
 #     x x . . . . . . .      text_index[i] == text_index[j] and pos[i] >= pos[j].
 #     x x x . . . . . .      The first condition keeps texts apart: a prediction depends on its own
 #     x x x x . . . . .      text only. The second condition makes the mask causal (question 4).
@@ -349,7 +349,7 @@ def build(config, checkpoint=None):
 #     . . . . x x . . .      A classifier may see it, but GPT-2 never learned to use later tokens.
 #     . . . . . . x . .      In the article it makes no difference: 95.33% without the causal mask
 #     . . . . . . x x .      (--disable_causal_mask), 95.00% with it. Packing has a price: scores
-#     . . . . . . x x x      between texts are computed, too. So rows should be short.
+#     . . . . . . x x x      between texts are computed, too. So rows are short (CPU: 384 tokens).
 
 
 @dataclasses.dataclass
@@ -363,8 +363,7 @@ class Example:
 
 
 class PackedTexts:
-    """N Examples laid end to end, as in the drawing. Either all of them have features, or none has.
-    All indices are int64."""
+    """N Examples laid end to end, as in the drawing; all of them have features, or none has."""
 
     def __init__(self, examples, device="cpu"):
         lengths = torch.tensor([len(e.ids) for e in examples])
@@ -387,8 +386,7 @@ class PackedTexts:
         return same_text & (self.pos[:, None] >= self.pos) if causal else same_text
 
     def pool(self, x):
-        """(Q, C), hidden states at the pooled positions -> (N, C), the mean of those of each text.
-        Only `mean` pools more than one position."""
+        """Hidden states at the pooled positions (Q, C) -> the mean of those of each text (N, C)."""
         owner = self.text_index[self.pooled]  # (Q,): 0 1 2 in the drawing
         sums = x.new_zeros(len(self.examples), x.shape[1]).index_add(0, owner, x)
         return sums / torch.bincount(owner)[:, None]
@@ -411,8 +409,8 @@ def pack(examples, tokens_per_row=384, device="cpu"):
 class Encoder:
     """Makes Examples of texts. Only this class cuts and pads texts, and decides what is pooled.
 
-    trainable_token_pos: the pooling. max_length: cut texts to this many tokens (None: the model's
-    limit). pad_to: cut or pad texts to this many (0: no padding). Raises Fault.
+    trainable_token_pos: the pooling (None: last; BERT: first). max_length: cut texts to this many
+    tokens (None: the model's limit). pad_to: cut or pad to this many (0: none). Raises Fault.
     """
 
     def __init__(self, config, tokenizer, trainable_token_pos=None, max_length=None, pad_to=0):
@@ -430,8 +428,9 @@ class Encoder:
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
         <|endoftext|> in a text is plain text."""
         # tiktoken fails on a million spaces in a row; no model reads as far as that.
-        lists = self.tokenizer.encode_ordinary_batch([text[:900_000] for text in texts])
-        return [self.example(*pair) for pair in zip(lists, label_ids or [-1] * len(lists))]
+        lists = self.tokenizer.encode_ordinary_batch([text[:900_000] or " " for text in texts])
+        label_ids = [-1] * len(lists) if label_ids is None else label_ids
+        return [self.example(*pair) for pair in zip(lists, label_ids, strict=True)]
 
     def example(self, ids, label_id):
         """Cuts or pads the ids of one text, and decides what is pooled."""
@@ -464,8 +463,8 @@ class Encoder:
 # with the last block 95.00%, with the last two 98.33%, and all layers get 96.67%. The last block
 # takes 0.28 minutes, all layers 0.69. Why the last blocks? The backward pass ends at the first
 # trained block, and early blocks hold what any task needs, such as the meaning of words. (So it is
-# said; the article does not test it.) The head's 1,538 numbers start at random, and learn little at
-# a rate of 5e-5: MiniLM's head gets 76.3% at 5e-5, but 92.6% at 1e-2 (here, means of three seeds).
+# said; the article does not test it.) The head starts at random, and learns little at a learning
+# rate of 5e-5: MiniLM's head gets 76.3% at 5e-5, but 92.6% at 1e-2 (here, means of three seeds).
 #
 # Question 6: LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves each
 # matrix W as it is, and adds a trained matrix of rank r, the product of two small ones:
@@ -518,10 +517,10 @@ def make_classifier(
                 if isinstance(child, nn.Linear):
                     setattr(module, name, LoRALinear(child, lora_rank, lora_alpha))
     for p in model.trained_parameters().values():  # copies, so that the checkpoint stays unchanged
-        p.data = p.data.clone().contiguous()  # in map_gpt2, .T only makes a view
+        p.data = p.data.clone().contiguous()  # contiguous: .T in map_gpt2 only makes a view
     # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster
     # on some processors. But most steps change a weight by less than its eighth digit. So only
-    # frozen weights are rounded. Trained weights stay float32; torch.autocast rounds a copy for
+    # frozen matrices are rounded. Trained weights stay float32; torch.autocast rounds a copy for
     # each product. (If just a block or two are trained on a CPU, that is slower, and off.)
     if dtype == "bfloat16":
         model.bf16 = True
@@ -553,9 +552,9 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
         example.features = None
     if model.n_frozen == 0 or n_bytes > feature_cache_gb * 1e9:
         return
-    texts = f"{len(examples):,} texts ({n_tokens:,} tokens)"
-    say("frozen", f"{model.n_frozen} of {model.config.n_layer} blocks, once for {texts}")
-    for packed in pack(examples, tokens_per_row, model.wpe.device):
+    say("frozen", f"{model.n_frozen} blocks, once for {len(examples):,} texts, {n_tokens:,} tokens")
+    # Without a backward pass, shorter rows were faster here: fewer scores between texts.
+    for packed in pack(examples, tokens_per_row * 2 // 3, model.wpe.device):
         lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
         for example, features in zip(packed.examples, model.frozen(packed).split(lengths)):
             example.features = features
@@ -563,9 +562,9 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0):
 
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# else -log(0.18) = 1.7. A model that guesses gives 0.5 and 0.5: the loss is -log(0.5) = 0.69. The
-# gradient of the logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So
-# training raises the right logit and lowers the others, most if the model was sure and wrong.
+# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. The gradient of the
+# logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So training raises
+# the right logit and lowers the others, most if the model was sure and wrong.
 #
 # AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides the mean of a weight's
 # recent gradients by their usual size. So a step changes a weight by at most about the learning
@@ -607,14 +606,13 @@ def fit(
             factor = 1 - part_done if lr_schedule == "linear" else 1.0
             optimizer.param_groups[0]["lr"] = learning_rate * factor
             optimizer.zero_grad()
-            # backward() adds to the gradients. So the rows of a batch can run one after the other:
-            # each adds its sum of losses, divided by the size of the batch.
+            # backward() adds to the gradients, so the rows of a batch can run one by one: each adds
+            # the gradient of its sum of losses, divided by the size of the batch.
             for packed in pack(batch, tokens_per_row, device):
                 logits = model(packed)  # (N, K)
                 loss = F.cross_entropy(logits, packed.label_ids, label_weights, reduction="sum")
                 (loss / len(batch)).backward()
-                logits = logits.detach()
-                total_loss += F.cross_entropy(logits, packed.label_ids, reduction="sum")
+                total_loss += F.cross_entropy(logits.detach(), packed.label_ids, reduction="sum")
                 n_correct += (logits.argmax(1) == packed.label_ids).sum()
             if grad_clip:  # one large gradient must not throw the model off its course
                 nn.utils.clip_grad_norm_(trained, grad_clip)
@@ -628,9 +626,13 @@ def fit(
 @torch.no_grad()
 def probabilities(model, examples, tokens_per_row=384):
     """A list of N Examples -> (N, K) float32 on the CPU: the probability of each label."""
-    rows = pack(examples, tokens_per_row, model.wpe.device)
+    rows = pack(examples, tokens_per_row * 2 // 3, model.wpe.device)  # see cache_features
     probs = [model(packed).softmax(1).cpu() for packed in rows]
     return torch.cat(probs) if probs else torch.empty(0, model.head.out_features)
+
+
+# All steps together. Section 7 has the rest: complete and check_texts check what the caller gives,
+# load_pretrained reads weights, get_tokenizer makes the tokenizer, hashes help to recognize texts.
 
 
 def finetune(texts, labels, *, validation=None, verbose=True, **options):
@@ -641,18 +643,21 @@ def finetune(texts, labels, *, validation=None, verbose=True, **options):
     flags (--help): model_size="gpt2-small", num_epochs=5, ... torch's random state stays as it was.
     Raises Fault, a ValueError, TypeError for an unknown option, FileNotFoundError.
     """
-    how = options.get("dtype"), options.get("tokens_per_row")
-    options = complete(options)  # {name: value} for the functions above
+    for_classifier = options.get("dtype"), options.get("tokens_per_row")
+    options = complete(options)  # all options; chosen(f, options) are those that f takes
     texts, names, label_ids = check_texts(texts, labels)
     quiet = contextlib.redirect_stdout(sys.stdout if verbose else None)
     with quiet, torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
         torch.manual_seed(options["seed"])  # decides random weights and the head
         config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, options))
         encoder = Encoder(config, get_tokenizer(config, vocabulary), **chosen(Encoder, options))
-        examples, (valid, labels) = encoder.examples(texts, label_ids), validation or ([], [])
-        valid = encoder.examples(as_texts(valid), [names.index(label) for label in labels])
+        examples = encoder.examples(texts, label_ids)
+        with blame("validation must be a pair: texts, and labels that are in training, too"):
+            valid_texts, valid_labels = validation or ([], [])
+            label_ids = [names.index(label) for label in valid_labels]
+            valid = encoder.examples(as_texts(valid_texts), label_ids)
         if encoder.n_cut:
-            say("", f"{encoder.n_cut:,} texts are cut to {encoder.max_length:,} tokens")
+            say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
         model = build(config, checkpoint)
         weights_before = model.state_dict()  # make_classifier copies what training changes
         make_classifier(model, len(names), **chosen(make_classifier, options)).to(options["device"])
@@ -675,7 +680,8 @@ def finetune(texts, labels, *, validation=None, verbose=True, **options):
     # What can be downloaded is not saved. Frozen weights are saved as they were before rounding.
     saved["weights"] = {} if options["weights"] == "pretrained" else weights_before
     saved["weights"] |= {k: p.detach().cpu() for k, p in model.trained_parameters().items()}
-    return Classifier(saved, options["device"], *how)
+    del model, examples, valid  # their memory is free for the Classifier
+    return Classifier(saved, options["device"], *for_classifier)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -685,7 +691,7 @@ def finetune(texts, labels, *, validation=None, verbose=True, **options):
 # label: if nine messages in ten are ham, "always ham" gets 90%. Precision and recall (below) look
 # at one label. Precision depends on how frequent the label is. Take a classifier that recognizes
 # 98% of spam and 98% of ham. If half of the messages are spam, as in the article (--balance), its
-# precision is 98%. All messages have six times as much ham: 0.98 / (0.98 + 6 * 0.02) = 89%.
+# precision for spam is 98%. With six times as much ham, it is 0.98 / (0.98 + 6 * 0.02) = 89%.
 
 
 def wilson_interval(accuracy, n):
@@ -705,7 +711,7 @@ def confusion_matrix(predicted, label_ids, n_labels):
     return pairs.view(n_labels, n_labels)
 
 
-def scores_by_label(confusion):
+def precision_recall_f1(confusion):
     """(K, K) -> precision, recall and F1, each (K,); nan for a share of nothing."""
     correct, have, given = confusion.diag(), confusion.sum(1), confusion.sum(0)  # (K,) counts
     precision = correct / given  # of the texts that were given this label, the share that has it
@@ -719,7 +725,7 @@ def scores_by_label(confusion):
 
 
 class Classifier:
-    """A finetuned classifier: made by finetune, or read from a file that it or --train saved.
+    """A finetuned classifier. path: the file that it or --train saved, or what finetune made.
 
     classifier(texts) gives probabilities, classifier.predict(texts) labels; `labels` are those of
     the columns. device, dtype, tokens_per_row: None means the best there is, but float32 on a CPU.
@@ -753,7 +759,7 @@ class Classifier:
 
     def __call__(self, texts):
         """A list of N strings -> (N, K) float32 on the CPU: the probability of each label."""
-        examples = self.encoder.examples([text or " " for text in as_texts(texts)])
+        examples = self.encoder.examples(as_texts(texts))
         return probabilities(self.model, examples, self.tokens_per_row)
 
     def predict(self, texts):
@@ -766,7 +772,7 @@ class Classifier:
     def save(self, path):
         """Writes the classifier to a file. Raises Fault if that would replace any other file."""
         with blame(f"{path} could not be written"), replacing(path, may_replace=True) as file:
-            torch.save({"gpt_classify_3": self.saved}, file)
+            torch.save({"gpt_classify_3": self.saved}, file)  # 3: the version of the format
 
 
 def chosen(function, options):
@@ -848,7 +854,6 @@ def say(name, *lines):
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
 # with type, shape and place of each tensor; then the numbers. They are mapped into memory: GPT-2's
 # 548 MB "load" in milliseconds, and are read when first used. (huggingface.co/docs/safetensors)
-
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
@@ -896,7 +901,6 @@ def check_output(path, may_replace=False):
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
-
 CACHE = Path(torch.hub.get_dir()) / "gpt_classify"
 SHA256 = {  # where it is known
     "sms.zip": "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
@@ -915,9 +919,9 @@ def download(url, name, way_out="name a file of your own with --data, or see --o
         if not path.exists():
             try:
                 CACHE.mkdir(parents=True, exist_ok=True)
-                hash, bar = SHA256.get(name), sys.stdout is not None and sys.stderr.isatty()
-                torch.hub.download_url_to_file(url, str(partial), hash, progress=bar)
-                if hash is None:
+                sha256, bar = SHA256.get(name), sys.stdout is not None and sys.stderr.isatty()
+                torch.hub.download_url_to_file(url, str(partial), sha256, progress=bar)
+                if sha256 is None:
                     read_safetensors(partial)
                 partial.replace(path)
             finally:
@@ -940,7 +944,6 @@ def download_model(size, file="model.safetensors"):
 
 # BERT's names and ours, replaced in this order, since some are parts of others. Its matrices are
 # (out, in), as ours. It adds the vector of a token's type, too: always type 0 in a single text.
-
 BERT_NAMES = """
     encoder.layer         h           embeddings.word_embeddings.weight      wte
     attention.self.query  attn.c_q    embeddings.position_embeddings.weight  wpe
@@ -1185,7 +1188,7 @@ def summary(predicted, label_ids, n_labels):
     The latter comes first where one label has more than two thirds of the texts."""
     n, accuracy = len(label_ids), (predicted == label_ids).double().mean().item()
     low, high = wilson_interval(accuracy, n)
-    f1 = scores_by_label(confusion_matrix(predicted, label_ids, n_labels))[2].nanmean()
+    f1 = precision_recall_f1(confusion_matrix(predicted, label_ids, n_labels))[2].nanmean()
     line = f"accuracy {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}, {n:,} texts)"
     unbalanced = torch.bincount(label_ids).max() > 2 / 3 * n
     return f"macro F1 {f1:.1%}, {line}" if unbalanced else f"{line}, macro F1 {f1:.1%}"
@@ -1197,7 +1200,7 @@ def report(name, probs, label_ids, labels):
     loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)
     say(name, f"{summary(predicted, label_ids, K)}, loss {loss:.3f}")
     confusion = confusion_matrix(predicted, label_ids, K)
-    shares = torch.stack(scores_by_label(confusion), dim=1).numpy()  # (K, 3)
+    shares = torch.stack(precision_recall_f1(confusion), dim=1).numpy()  # (K, 3)
     table = pd.DataFrame(shares, names, ["precision", "recall", "F1"])
     table["texts"] = confusion.sum(1).numpy()
     if K <= 8:
@@ -1268,25 +1271,24 @@ def advice(predicted, label_ids, labels, train_accuracy, below, options):
 
 
 def train(args):
-    """--train: read, encode, finetune with each seed, report, save."""
+    """--train: read, split, measure baselines, finetune with each seed, report, save."""
     began, path = time.perf_counter(), args.classifier
     check_output(path, may_replace=True)
     frame = read_data(args.data, args.text_column, args.label_column)
     _, labels, label_ids = check_texts(frame["text"], frame["label"])
     parts = split_data(frame.assign(label_id=label_ids), args.data, args.balance)
-    train, valid, test = parts.values()
-    train_ids, test_ids = (torch.tensor(part["label_id"].tolist()) for part in (train, test))
-    K, simple = len(labels), baselines(train["text"], train_ids, test["text"], len(labels))
-    say("baseline", *(f"{name}: {summary(simple[name], test_ids, K)}" for name in simple))
+    training, valid, test = parts.values()
+    train_ids, test_ids = (torch.tensor(part["label_id"].tolist()) for part in (training, test))
+    K, answers = len(labels), baselines(training["text"], train_ids, test["text"], len(labels))
+    say("baseline", *(f"{name}: {summary(answers[name], test_ids, K)}" for name in answers))
 
     # A seed decides the head, random weights and the order of the texts; the split is always the
     # same. So the deviation over seeds measures luck in training, while the 95% interval of an
     # accuracy measures luck in the choice of the test texts.
     predicted, options = [], {name: vars(args)[name] for name in OPTIONS.split()}
+    options["validation"] = valid["text"], valid["label"]
     for seed in args.seed:
-        validation = valid["text"], valid["label"]
-        options["seed"] = seed
-        classifier = finetune(train["text"], train["label"], validation=validation, **options)
+        classifier = finetune(training["text"], training["label"], **options | {"seed": seed})
         probs = classifier(test["text"])
         report("test" if len(args.seed) == 1 else f"seed {seed}", probs, test_ids, labels)
         predicted.append(probs.argmax(1))
@@ -1297,7 +1299,7 @@ def train(args):
     if len(args.seed) > 1:
         mean, sd = correct.mean(), correct.mean(1).std()
         say("test", f"mean accuracy {mean:.2%}, standard deviation over the seeds {sd:.2%}")
-    hits = {name: (answers == test_ids).double() for name, answers in simple.items()}
+    hits = {name: (answers[name] == test_ids).double() for name in answers}
     best = max(hits, key=lambda name: hits[name].mean())
     line, below = verdict(correct.mean(0), hits[best], best)
     say("verdict", line)
@@ -1310,7 +1312,7 @@ def train(args):
 def predict(args, classifier):
     """--predict: label, probability and text, separated by tabs, a line for each text."""
     texts = args.predict
-    if texts in ([], ["-"]):
+    if texts in ([], ["-"]) and args.trace is None:
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     for text in texts:
         [(label, p)] = classifier.predict([text])
@@ -1353,7 +1355,7 @@ def evaluate(args, classifier):
     unknown = ", ".join(sorted(set(new["label"]) - set(labels)))
     if unknown or new.empty:
         known = f"the classifier knows {', '.join(labels):.200}, but not {unknown:.200}"
-        raise Fault(f"{known}: is it the wrong --label_column?" if unknown else "no text is new")
+        raise Fault(f"{known}: is it the wrong --data?" if unknown else "no text is new")
     label_ids = torch.tensor([labels.index(label) for label in new["label"]])
     commonest = label_ids.mode().values.expand(len(new))
     say("baseline", f"commonest label: {summary(commonest, label_ids, len(labels))}")
@@ -1443,11 +1445,11 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     for name, flags in RECIPES.items():
         if vars(args)[name]:  # of two flags of a kind, the last one counts
-            args = make_parser().parse_args([*flags.split(), *argv])
+            args = make_parser().parse_args(argv := [*flags.split(), *argv])
     if args.output and not args.predict_file:
         raise Fault("--output goes with --predict_file")
     if not args.train and (args.model_size or args.weights):
-        raise Fault("a classifier knows its model: leave out --model_size and --weights")
+        raise Fault("a classifier knows its model: leave out --model_size, --weights, --offline")
     if args.balance is None:
         args.balance = Path(args.data).name in SMS
     for name, value in vars(args).items():
@@ -1477,10 +1479,10 @@ def main(argv):
         if args.train:
             train(args)
         else:
-            saved = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
+            classifier = Classifier(args.classifier, args.device, args.dtype, args.tokens_per_row)
             actions = (predict, predict_file, trace, evaluate)
             (action,) = (f for f in actions if vars(args)[f.__name__] not in (None, False))
-            action(args, saved)
+            action(args, classifier)
         return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
