@@ -891,7 +891,7 @@ def test_the_advice_follows_from_the_figures_of_the_run():
 OUTPUT = r"""data      texts.csv: 60 texts \(good: 30, poor: 30\): 42 train, 6 validation, 12 test
 baseline  commonest label: accuracy 50.00% \(95% interval 25.4% to .*
           bag of words: accuracy 100.00% .*
-frozen    2 of 3 blocks, once for 48 texts .*
+frozen    2 blocks, once for 48 texts, .*
 (epoch ./5 loss .*\n){5}test      accuracy .*
 (.*\n)*saved     classifier.pt \(seed 123, .*
 """
