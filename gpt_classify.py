@@ -420,7 +420,7 @@ class Encoder:
         self.max_length = min(max_length or limit, pad_to or limit)
         self.n_cut = 0  # how many texts were cut so far
         if config.bert and pad_to:
-            raise Fault("BERT ignores padding: leave out --pad_to")
+            raise Fault("BERT ignores padding: leave out --pad_to and --article")
         if max(max_length or 0, pad_to) > limit:
             raise Fault(f"this model reads at most {limit:,} tokens of a text")
 
@@ -631,26 +631,23 @@ def probabilities(model, examples, tokens_per_row=384):
     return torch.cat(probs) if probs else torch.empty(0, model.head.out_features)
 
 
-# All steps together. Section 7 has the rest: complete and check_texts check what the caller gives,
-# load_pretrained reads weights, get_tokenizer makes the tokenizer, hashes help to recognize texts.
-
-
 def finetune(texts, labels, *, validation=None, verbose=True, **options):
     """Finetunes a model on N texts and N labels, all of them, and returns a Classifier (section 7).
 
     texts: strings; labels: strings or integers; both in a list, a Series or the like. validation: a
     pair (texts, labels) that only measures each epoch. Options have the names and defaults of the
     flags (--help): model_size="gpt2-small", num_epochs=5, ... torch's random state stays as it was.
-    Raises Fault, a ValueError, TypeError for an unknown option, FileNotFoundError.
+    Raises Fault, a ValueError, TypeError for an unknown option, FileNotFoundError. It joins all
+    that stands above. From section 7 come load_pretrained, get_tokenizer, complete and check_texts,
+    which check what the caller gives, and hashes, which help to recognize texts of training.
     """
-    for_classifier = options.get("dtype"), options.get("tokens_per_row")
-    options = complete(options)  # all options; chosen(f, options) are those that f takes
+    flags = complete(options)  # values of all; chosen(f, flags) are those that f takes
     texts, names, label_ids = check_texts(texts, labels)
     quiet = contextlib.redirect_stdout(sys.stdout if verbose else None)
     with quiet, torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
-        torch.manual_seed(options["seed"])  # decides random weights and the head
-        config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, options))
-        encoder = Encoder(config, get_tokenizer(config, vocabulary), **chosen(Encoder, options))
+        torch.manual_seed(flags["seed"])  # decides random weights and the head
+        config, checkpoint, vocabulary = load_pretrained(**chosen(load_pretrained, flags))
+        encoder = Encoder(config, get_tokenizer(config, vocabulary), **chosen(Encoder, flags))
         examples = encoder.examples(texts, label_ids)
         with blame("validation must be a pair: texts, and labels that are in training, too"):
             valid_texts, valid_labels = validation or ([], [])
@@ -660,28 +657,28 @@ def finetune(texts, labels, *, validation=None, verbose=True, **options):
             say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
         model = build(config, checkpoint)
         weights_before = model.state_dict()  # make_classifier copies what training changes
-        make_classifier(model, len(names), **chosen(make_classifier, options)).to(options["device"])
-        cache_features(model, examples + valid, **chosen(cache_features, options))
+        make_classifier(model, len(names), **chosen(make_classifier, flags)).to(flags["device"])
+        cache_features(model, examples + valid, **chosen(cache_features, flags))
         start, accuracies = time.perf_counter(), []
-        for epoch, loss, train_accuracy in fit(model, examples, **chosen(fit, options)):
+        for epoch, loss, train_accuracy in fit(model, examples, **chosen(fit, flags)):
             line = f"loss {loss:.3f}   train {train_accuracy:6.1%}"
             if valid:
-                answers = probabilities(model, valid, options["tokens_per_row"]).argmax(1).tolist()
+                answers = probabilities(model, valid, flags["tokens_per_row"]).argmax(1).tolist()
                 n_correct = sum(answer == e.label_id for answer, e in zip(answers, valid))
                 accuracies.append(n_correct / len(valid))
                 line += f"   validation {accuracies[-1]:6.1%}"
             seconds, start = time.perf_counter() - start, time.perf_counter()
-            say(f"epoch {epoch}/{options['num_epochs']}", f"{line}   {seconds:.1f} s")
+            say(f"epoch {epoch}/{flags['num_epochs']}", f"{line}   {seconds:.1f} s")
         if valid and max(accuracies) > accuracies[-1]:
             best = accuracies.index(max(accuracies)) + 1
             say("", f"validation was best after epoch {best}; the last epoch is the result")
     saved = {"labels": names, "config": dataclasses.asdict(config), "vocabulary": vocabulary}
-    saved |= {"options": options, "hashes": hashes(texts), "train_accuracy": train_accuracy}
+    saved |= {"options": flags, "hashes": hashes(texts), "train_accuracy": train_accuracy}
     # What can be downloaded is not saved. Frozen weights are saved as they were before rounding.
-    saved["weights"] = {} if options["weights"] == "pretrained" else weights_before
+    saved["weights"] = {} if flags["weights"] == "pretrained" else weights_before
     saved["weights"] |= {k: p.detach().cpu() for k, p in model.trained_parameters().items()}
     del model, examples, valid  # their memory is free for the Classifier
-    return Classifier(saved, options["device"], *for_classifier)
+    return Classifier(saved, flags["device"], options.get("dtype"), options.get("tokens_per_row"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -734,7 +731,7 @@ class Classifier:
 
     def __init__(self, path, device=None, dtype=None, tokens_per_row=None):
         device, best_dtype, best_tokens = best_for(device)
-        dtype = dtype or ("float32" if device == "cpu" else best_dtype)
+        dtype = dtype or ("float32" if device.startswith("cpu") else best_dtype)
         if dtype not in ("float32", "bfloat16"):
             raise Fault(f"dtype is {dtype}: it can be float32 or bfloat16")
         self.tokens_per_row = tokens_per_row or best_tokens
@@ -803,9 +800,11 @@ def check_texts(texts, labels):
     labels = [label.item() if hasattr(label, "item") else label for label in labels]
     if len(texts) != len(labels):
         raise Fault(f"there are {len(texts):,} texts, but {len(labels):,} labels")
-    if "" in texts or not all(isinstance(label, (str, int)) for label in labels):
-        raise Fault("drop what is missing: texts must be strings, labels strings or integers")
-    names = sorted(set(labels), key=str)
+    for text, label in zip(texts, labels):
+        if not text or type(label) not in (str, int, bool):
+            found = f"there is {text!r:.50} with the label {label!r:.50}"
+            raise Fault(f"{found}: drop what is missing; make labels strings or integers")
+    names = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
     if len(names) < 2:
         raise Fault(f"{len(names):,} different labels are too few: is it the wrong --label_column?")
     return texts, names, [names.index(label) for label in labels]
@@ -879,8 +878,9 @@ def replacing(path, may_replace=False):
     """Opens a file for writing bytes. It gets the name `path` only once it is complete."""
     check_output(path, may_replace)
     unfinished = Path(f"{path}.{os.getpid()}")
+    unfinished.touch(exist_ok=False)  # an error if somebody has a file of this name
     try:
-        with open(unfinished, "xb") as file:
+        with open(unfinished, "wb") as file:
             yield file
         check_output(path, may_replace)  # for the second time: training may have taken hours
         unfinished.replace(path)
@@ -897,7 +897,7 @@ def check_output(path, may_replace=False):
     if Path(path).exists():
         with blame(f"{path} exists, and is not replaced: choose another name"):
             if not may_replace or "gpt_classify_3" not in torch.load(path, mmap=True):
-                raise ValueError("it is no classifier")
+                raise ValueError("only --train replaces a file, and only a classifier")
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -931,9 +931,8 @@ def download(url, name, way_out="name a file of your own with --data, or see --o
 
 def download_model(size, file="model.safetensors"):
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder = f"openai-community/{size.removesuffix('-small')}"
-    if SIZES[size].bert:
-        folder = f"google-bert/{size}-uncased"
+    folder = f"google-bert/{size}-uncased" if SIZES[size].bert else f"openai-community/{size}"
+    folder = folder.removesuffix("-small")
     if size == "minilm":
         folder = "sentence-transformers/all-MiniLM-L6-v2"
     name = file if file == "vocab.txt" else f"{size}.safetensors"
@@ -1008,9 +1007,8 @@ def get_tokenizer(config, vocabulary=None):
         vocabulary = vocabulary or download_model("minilm", "vocab.txt").read_text("utf-8").split()
         return WordPiece(vocabulary, config.vocab_size)
     if config.vocab_size == 257:  # the bytes, and one token for the end of a text
-        ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-        pattern = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": special}
-        return tiktoken.Encoding("bytes", **pattern)
+        how = {"pat_str": r"[\s\S]", "mergeable_ranks": {bytes([i]): i for i in range(256)}}
+        return tiktoken.Encoding("bytes", **how, special_tokens={"<|endoftext|>": 256})
     if config.vocab_size != 50257:
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE / "tiktoken"))
@@ -1070,8 +1068,8 @@ class WordPiece(dict):
 # ------------------------------------------------------------------------------------------------
 # 8. Data
 #
-# Everything becomes a DataFrame with the columns text and label. pandas must leave cells as they
-# are: by default it takes the text "NA" for a missing one, and the label "007" for the number 7.
+# Everything becomes a DataFrame with the columns text and label. Cells must stay as they are: by
+# default, pandas takes the text "NA" for a missing one, and the label "007" for the number 7.
 
 SMS = ("sms", "SMSSpamCollection")  # names of the article's messages
 SMS_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
@@ -1090,7 +1088,8 @@ def read_table(path, **columns):
         file.seek(0)
         comma = ";" if header.count(";") > header.count(",") else ","
         separator = "\t" if kind == ".tsv" else comma
-        table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+        how = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+        table = pd.read_csv(file, sep=separator, **how)
         if type(table.index) is not pd.RangeIndex:  # pandas took first cells for row names
             raise ValueError("its rows have more cells than its header")
     for flag, name in columns.items():
@@ -1153,10 +1152,9 @@ def read_data(data, text_column="text", label_column="label"):
 def split_data(frame, data, balance=False):
     """A DataFrame from read_data -> {part: DataFrame}, with a report: 70% train, 10% validation,
     20% test. Raises Fault."""
-    groups = [group for _, group in frame.groupby("label", sort=False)]
     if balance:  # as many texts of each label as the rarest one has, drawn as in the article
-        n = min(map(len, groups))
-        frame = pd.concat(g.sample(n, random_state=123) if len(g) > n else g for g in groups)
+        n, groups = frame["label"].value_counts().min(), frame.groupby("label", sort=False)
+        frame = pd.concat(g.sample(n, random_state=123) if len(g) > n else g for _, g in groups)
     frame, n = frame.sample(frac=1, random_state=123), len(frame)
     if Path(data).name in (*SMS, "imdb"):  # the article shuffles a second time, and cuts
         frame = frame.sample(frac=1, random_state=123)
@@ -1168,7 +1166,7 @@ def split_data(frame, data, balance=False):
     part = (place > ends[0]).astype(int) + (place > ends[1])  # 0, 1 or 2
     parts = {name: frame[part == i] for i, name in enumerate(("train", "validation", "test"))}
     counts = frame["label"].value_counts()
-    if min(map(len, parts.values())) == 0:
+    if min(map(len, parts.values())) == 0 or parts["train"]["label"].nunique() < len(counts):
         few = f"{n:,} texts with {len(counts):,} labels are too few: 10 of each are enough"
         raise Fault(f"{data}: {few}; or see --label_column")
     shown = ", ".join(f"{label}: {k:,}" for label, k in counts.sort_index().items())
@@ -1231,9 +1229,9 @@ def baselines(texts, label_ids, test_texts, n_labels):
 
 def verdict(correct, baseline_correct, baseline):
     """Compares a classifier with a baseline -> (line, whether it is certainly below). (N,) tensors:
-    1 for a text that is classified correctly, else 0, or the mean of that over seeds. Both saw the
-    same texts, so only those count that just one of the two gets right. If both were equally good,
-    McNemar's test (1947) would find a difference in at most about one case of twenty."""
+    1 for a text that is classified correctly, else 0 (means over seeds). Only those texts count
+    that just one of the two gets right. If both were equally good, McNemar's test (1947) would find
+    a difference in at most about one case of twenty."""
     ours = (correct * (1 - baseline_correct)).sum().item()
     theirs = (baseline_correct * (1 - correct)).sum().item()
     certain = abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs)
@@ -1246,8 +1244,8 @@ def advice(predicted, label_ids, labels, train_accuracy, below, options):
     """What to try next, judging by the figures of a run: a list with at most one line. below:
     whether a baseline is certainly better."""
     rate, layers = options["learning_rate"], options["trainable_layers"]
-    never = set(range(len(labels))) - set(predicted.tolist())
-    if options["weights"] == "random" and (below or len(never) == len(labels) - 1):
+    never = set(label_ids.tolist()) - set(predicted.tolist())
+    if options["weights"] == "random" and (below or len(predicted.unique()) == 1):
         return ["random weights need many more texts: use pretrained ones (--model_size minilm)"]
     if train_accuracy < 0.95:
         more = {"last_layer": "last_block", "last_block": "last_two_blocks"}
@@ -1305,8 +1303,8 @@ def train(args):
     say("verdict", line)
     accuracy = classifier.saved["train_accuracy"]
     say("advice", *advice(predicted[-1], test_ids, labels, accuracy, below, options))
-    size, seconds = os.path.getsize(path) / 1e6, time.perf_counter() - began
-    say("saved", f"{path} (seed {args.seed[0]}, {size:,.1f} MB), {seconds:.0f} s in all")
+    seconds = f"{time.perf_counter() - began:.0f} s in all"
+    say("saved", f"{path} (seed {args.seed[0]}, {os.path.getsize(path) / 1e6:,.1f} MB), {seconds}")
 
 
 def predict(args, classifier):
@@ -1323,7 +1321,9 @@ def predict_file(args, classifier):
     """--predict_file: the rows of a table with two more columns, as CSV, 1,000 rows at a time."""
     output = replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer)
     table = read_table(args.predict_file, text_column=args.text_column)
-    prefix = "predicted_" if {"label", "probability"} & set(table) else ""
+    prefix = ""
+    while {f"{prefix}label", f"{prefix}probability"} & set(table):  # no column is overwritten
+        prefix += "predicted_"
     with output as file:
         for start in range(0, max(len(table), 1), 1000):
             rows = table[start : start + 1000].copy()
@@ -1334,9 +1334,8 @@ def predict_file(args, classifier):
             lines = rows.to_csv(index=False, header=start == 0, quoting=csv.QUOTE_ALL)
             file.write(lines.encode(errors="backslashreplace"))
             file.flush()
-    n_empty = (table[args.text_column].str.strip() == "").sum()
-    notes = f"{n_empty:,} rows have no text, {classifier.encoder.n_cut:,} texts were cut"
-    print("note:", notes, file=sys.stderr)
+    n_empty, n_cut = (table[args.text_column].str.strip() == "").sum(), classifier.encoder.n_cut
+    print(f"note: {n_empty:,} rows have no text, {n_cut:,} texts were cut", file=sys.stderr)
 
 
 def trace(args, classifier):
@@ -1450,8 +1449,7 @@ def parse(argv):
         raise Fault("--output goes with --predict_file")
     if not args.train and (args.model_size or args.weights):
         raise Fault("a classifier knows its model: leave out --model_size, --weights, --offline")
-    if args.balance is None:
-        args.balance = Path(args.data).name in SMS
+    args.balance = Path(args.data).name in SMS if args.balance is None else args.balance
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "pad_to") else 1
         for number in value if isinstance(value, list) else [value]:
@@ -1473,7 +1471,7 @@ def main(argv):
         signal.signal(number, signal.default_int_handler)
     socket.setdefaulttimeout(30)  # seconds that a server may be silent
     try:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         args = parse(argv)
         if args.train:
@@ -1490,7 +1488,9 @@ def main(argv):
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (Fault, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("alloc|memory|overflow", str(error)):
+            raise  # a mistake of ours; too little memory is none
         message = " ".join(str(error).split()) or "out of memory"
         print("error:", printable(message), file=sys.stderr)
         return 2

@@ -71,6 +71,7 @@ def gpt2_file(config=TINY):
     return {name: t.T if name.endswith(matrices) else t for name, t in w.items()}
 
 
+TYPES = torch.linspace(0, 1, 256).view(2, 128)  # vectors of BERT's two types of tokens
 BERT_NAMES = """
     h         encoder.layer            wte          embeddings.word_embeddings.weight
     attn.c_q  attention.self.query     wpe          embeddings.position_embeddings.weight
@@ -83,7 +84,7 @@ BERT_NAMES = """
 
 def bert_file(prefix="", old=False):
     """{name: tensor} as in a published BERT file; `old`: LayerNorm has gamma and beta."""
-    tensors = {f"{prefix}embeddings.token_type_embeddings.weight": torch.full((2, 128), 0.1)}
+    tensors = {f"{prefix}embeddings.token_type_embeddings.weight": TYPES}
     tensors[f"{prefix}pooler.dense.bias"] = torch.ones(1)
     for name, t in draw_weights(TINY_BERT).items():
         for ours, theirs in re.findall(r"(\S+) +(\S+)", BERT_NAMES):
@@ -144,7 +145,7 @@ def by_the_book(ids, bert=False, causal=True):
         return linear(x * phi, f"{h}.mlp.c_proj")
 
     x = w["wte"][ids] + w["wpe"][:T]
-    x = norm(x + 0.1, "ln_e") if bert else x
+    x = norm(x + TYPES[0].double(), "ln_e") if bert else x
     for h in ("h.0", "h.1", "h.2"):
         for part, ln in ((attention, f"{h}.ln_1"), (mlp, f"{h}.ln_2")):
             x = norm(x + part(x, h), ln) if bert else x + part(norm(x, ln), h)
@@ -358,13 +359,15 @@ MOVED |= {"last_two_blocks": r"head|ln_f|h\.[12]", "lora": "head|.*lora_"}
 
 
 @pytest.mark.parametrize("trainable", MOVED)
-def test_each_choice_of_trainable_layers_moves_exactly_what_it_names(tmp_path, trainable):
-    model, texts = tiny_classifier(tmp_path, trainable), random_texts(16)
+def test_each_choice_of_trainable_layers_moves_exactly_what_it_names(trainable):
+    checkpoint, same = (g.map_gpt2(gpt2_file()) for _ in range(2))
+    model = g.make_classifier(g.build(TINY, checkpoint), 2, trainable)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     # LoRA's A moves from the second step on, once B is no longer zero.
-    assert len(list(g.fit(model, texts, num_epochs=2, learning_rate=1e-2))) == 2
+    assert len(list(g.fit(model, random_texts(16), num_epochs=2, learning_rate=1e-2))) == 2
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != bool(re.match(MOVED[trainable], name)), name
+    close(checkpoint, same, 0)  # the next model can start from it
 
 
 @pytest.mark.parametrize("trainable", MOVED)
@@ -419,6 +422,10 @@ def test_features_are_kept_only_if_they_fit_and_never_those_of_another_model(tmp
         model, gb = tiny_classifier(tmp_path, layers), n_vectors * 128 * 4 / 1e9
         g.cache_features(model, texts, feature_cache_gb=gb * 1.01)
         assert sum(len(e.features) for e in texts) == n_vectors
+        expected, wte = model(g.PackedTexts(texts)), model.wte.data
+        model.wte.data = wte * 0  # nobody looks at it again
+        close(model(g.PackedTexts(texts)), expected)
+        model.wte.data = wte
         g.cache_features(model, texts, feature_cache_gb=gb * 0.99)
         assert all(e.features is None for e in texts)
     g.cache_features(model, texts)
@@ -500,16 +507,16 @@ NANO = {"model_size": "gpt2-nano", "num_epochs": 1, "trainable_layers": "all", *
 
 
 def test_finetune_takes_any_list_and_gives_labels_back_as_they_were(here, capsys):
-    labels = pd.Series([7, 2, 3] * 20)  # numpy's integers
+    labels = pd.Series([10, 2, 3] * 20)  # numpy's integers, sorted as numbers
     state = torch.get_rng_state()
     with torch.no_grad():  # of the caller's
         classifier = g.finetune(pd.Series(TEXTS), labels, verbose=False, **NANO)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (classifier.labels, capsys.readouterr(), os.listdir()) == ([2, 3, 7], ("", ""), [])
+    assert (classifier.labels, capsys.readouterr(), os.listdir()) == ([2, 3, 10], ("", ""), [])
     cells = [TEXTS[0], "x", None, float("nan"), " "]
     answers = classifier.predict(pd.Series(cells))
     assert str(classifier.predict(cell for cell in cells)) == str(answers)
-    assert {label for label, _ in answers[:2]} <= {2, 3, 7}
+    assert {label for label, _ in answers[:2]} <= {2, 3, 10}
     assert all(label == "" and math.isnan(p) for label, p in answers[2:])
     probs = classifier(TEXTS[:5])
     assert (probs.shape, probs.dtype) == ((5, 3), torch.float32)
@@ -538,24 +545,32 @@ def test_a_classifier_saved_from_python_predicts_the_same_there_and_on_the_comma
     with pytest.raises(g.Fault, match="e exists"), g.replacing("e") as file:
         file.write(b"a result of hours")
         Path("e").write_text("mine")  # meanwhile, somebody else writes it
-    assert {path.read_text() for path in Path().iterdir() if path.name != "c"} == {"mine"}
+    mine = {path.name for path in Path().iterdir() if path.read_bytes() == b"mine"}
+    assert mine == {"mine", f"d.{os.getpid()}", "e"} == set(os.listdir()) - {"c"}
 
 
 def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(trained):
     finetune, classifier = g.finetune, g.Classifier("classifier.pt", **CPU)
+
+    def validate(*pair):
+        finetune(["x", "y"], ["a", "b"], validation=pair, **NANO)
+
     for error, message, call in (
         (ValueError, "must be lists or columns", lambda: finetune("text", ["a"])),
         (ValueError, "2 texts, but 1 labels", lambda: finetune(["x", "y"], ["a"])),
         (ValueError, "3 is no string", lambda: finetune(["x", 3], ["a", "b"])),
-        (ValueError, "drop what is missing", lambda: finetune(["x", math.nan], ["a", "b"])),
-        (ValueError, "labels strings or", lambda: finetune(["x", "y"], ["a", None])),
+        (ValueError, "'' with the label 'b'", lambda: finetune(["x", math.nan], ["a", "b"])),
+        (ValueError, "'y' with the label None", lambda: finetune(["x", "y"], ["a", None])),
+        (ValueError, "'x' with the label 1.0", lambda: finetune(["x", "y"], [1.0, 2.0])),
         (ValueError, "invalid choice: 'x'", lambda: finetune([], [], trainable_layers="x")),
         (
             ValueError,
             "--num_epochs 0 is not in the range from 1",
             lambda: finetune([], [], num_epochs=0),
         ),
-        (ValueError, "labels strings or", lambda: finetune(["x", "y"], [["a"], ["b"]])),
+        (ValueError, r"the label \['a'\]", lambda: finetune(["x", "y"], [["a"], ["b"]])),
+        (ValueError, "validation must be a pair", lambda: validate(["x"], ["c"])),
+        (ValueError, "validation must be a pair", lambda: validate(["x", "y"], ["a"])),
         (ValueError, "2.5", lambda: finetune([], [], num_epochs=2.5)),
         (TypeError, "no option epochs", lambda: finetune([], [], epochs=3)),
         (TypeError, "no option data", lambda: finetune([], [], data="sms")),
@@ -816,6 +831,7 @@ def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
 
 def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here):
     tables = {  # file: content, texts and labels
+        "one line.csv": ("text,label\n\n,\nhello,a", "hello a"),
         "order.csv": ("ID,label,text\n1,a,hello\n", "hello a"),
         "mark.csv": ("\ufefftext,label\r\nhello,a\r\n", "hello a"),
         "blank.csv": ("text,label\n\nhello,a\n\n", "hello a"),
@@ -962,6 +978,8 @@ def test_lines_of_standard_input_are_predicted_as_they_come(trained, flags):
 def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_length(trained, run):
     rows = [[str(i), f"thing {i} is {i % 3}", ("a\rb", 'x, "y"\nz')[i % 2]] for i in range(1500)]
     rows[7][1], rows[8][1] = "", "good " * 20_000
+    Path("one.csv").write_text("text\n\ngood\n")  # an empty line of one column is an empty text
+    assert run("--predict_file one.csv")[1].count('"') == 3 * 6
     with open("in.csv", "w", newline="") as file:
         csv.writer(file).writerows([["label", "text", "note"], *rows])
     note = "note: 1 rows have no text, 1 texts were cut\n"
@@ -976,6 +994,8 @@ def test_a_predicted_file_has_all_rows_and_columns_in_order_whatever_the_rows_le
     assert a[7][3:] == ["", ""]
     p, q = ([float(row[4] or 0) for row in table] for table in (a, b))
     assert p == pytest.approx(q, abs=2e-4)
+    again = run("--predict_file out.csv")[1].split("\r\n" if os.name == "nt" else "\n")[0]
+    assert again.endswith('"predicted_predicted_label","predicted_predicted_probability"')
 
 
 def test_a_trace_tells_what_each_beginning_of_the_text_gets(trained, run):
@@ -1066,16 +1086,16 @@ FAULTS = r"""
 --predict x --offline | a classifier knows its model
 --predict x --weights gpt2.safetensors | a classifier knows its model: leave out --model_size
 --predict x --output y | --output goes with --predict_file
---train --data texts.csv --weights notes | notes is not a checkpoint of GPT-2 or BERT (
---train --data texts.csv --weights t.csv | t.csv is not a checkpoint of GPT-2 or BERT ( |
---train --data texts.csv --weights t.csv | 'wte' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
---train --data texts.csv --weights t.csv | t.csv is not a checkpoint of | HEAD"shape":[3],"data_offsets":[0,8]}}
---train --data texts.csv --weights t.csv | t.csv is not a checkpoint of | HEAD"shape":[2],"data_offsets":[4,8]}}
---train --data texts.csv --weights narrow | narrow is not a checkpoint of GPT-2 or BERT (1 blocks, 1 heads for a width
---train --data texts.csv --weights lacking | lacking is not a checkpoint of GPT-2 or BERT ('ln_f.bias' is
---train --data texts.csv --weights odd | size mismatch for ln_f.bias
---train --data texts.csv --weights other | there is no tokenizer for a vocabulary of 300 tokens
---train --data texts.csv --weights classifier.pt | classifier.pt is not a checkpoint of GPT-2 or BERT (
+FROM notes | notes is not a checkpoint of GPT-2 or BERT (
+FROM t.csv | t.csv is not a checkpoint of GPT-2 or BERT ( |
+FROM t.csv | 'wte' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
+FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[3],"data_offsets":[0,8]}}
+FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[2],"data_offsets":[4,8]}}
+FROM narrow | narrow is not a checkpoint of GPT-2 or BERT (1 blocks, 1 heads for a width
+FROM lacking | lacking is not a checkpoint of GPT-2 or BERT ('ln_f.bias' is
+FROM odd | size mismatch for ln_f.bias
+FROM other | there is no tokenizer for a vocabulary of 300 tokens
+FROM classifier.pt | classifier.pt is not a checkpoint of GPT-2 or BERT (
 --predict x --classifier gpt2.safetensors | gpt2.safetensors is no classifier, or of another version
 --predict x --classifier before | before is no classifier, or of another version: train it again (
 --predict_file texts.csv --output texts.csv | texts.csv exists, and is not replaced
@@ -1101,14 +1121,14 @@ TRAIN texts.csv --device meta | --device meta does not work on this machine
 TRAIN texts.csv --classifier bert | bert cannot be written
 TRAIN texts.csv --classifier no/where | no/where cannot be written
 TRAIN texts.csv --classifier /dev/null | /dev/null exists, and is not replaced
-BERT bert/model --pad_to 5 | BERT ignores padding: leave out --pad_to
-BERT bert/model --article | BERT ignores padding: leave out --pad_to
-BERT heads/model | not a checkpoint of GPT-2 or BERT (3 blocks, 5 heads for a width
-BERT strange/model | strange/model is not a checkpoint
-BERT roberta/model | roberta/config.json says ('roberta', 'gelu')
-BERT alone | not a checkpoint of GPT-2 or BERT (3 blocks, None heads
-BERT short/model | uncased BERT model with 40 tokens: put vocab.txt beside
-BERT cased/model | the vocabulary is not that of an uncased BERT model
+FROM bert/model --pad_to 5 | BERT ignores padding: leave out --pad_to
+FROM bert/model --article | BERT ignores padding: leave out --pad_to and --article
+FROM heads/model | not a checkpoint of GPT-2 or BERT (3 blocks, 5 heads for a width
+FROM strange/model | strange/model is not a checkpoint
+FROM roberta/model | roberta/config.json says ('roberta', 'gelu')
+FROM alone | not a checkpoint of GPT-2 or BERT (3 blocks, None heads
+FROM short/model | uncased BERT model with 40 tokens: put vocab.txt beside
+FROM cased/model | the vocabulary is not that of an uncased BERT model
 """.strip().split("\n")
 
 
@@ -1134,7 +1154,7 @@ def test_every_fault_is_one_line_status_2_and_leaves_everything_as_it_was(traine
     write_bert("short", words=WORDS[:-1])
     write_bert("cased", words=[*WORDS[:-1], "Good"])
     flags = flags.replace("TRAIN", "--train --weights gpt2.safetensors --data")
-    flags = flags.replace("BERT", "--train --data texts.csv --weights")
+    flags = flags.replace("FROM", "--train --data texts.csv --weights")
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     status, _, err = run(flags)
     assert (status, err[:7], err.count("\n"), message in err) == (2, "error: ", 1, True), err
