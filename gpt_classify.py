@@ -638,8 +638,8 @@ def finetune(texts, labels, *, validation=None, verbose=True, **options):
     pair (texts, labels) that only measures each epoch. Options have the names and defaults of the
     flags (--help): model_size="gpt2-small", num_epochs=5, ... torch's random state stays as it was.
     Raises Fault, a ValueError, TypeError for an unknown option, FileNotFoundError. It joins all
-    that stands above. From section 7 come load_pretrained, get_tokenizer, complete and check_texts,
-    which check what the caller gives, and hashes, which help to recognize texts of training.
+    that stands above. Later sections define load_pretrained, get_tokenizer, hashes (to recognize
+    texts of training), and complete and check_texts, which check what the caller gives.
     """
     flags = complete(options)  # values of all; chosen(f, flags) are those that f takes
     texts, names, label_ids = check_texts(texts, labels)
