@@ -38,7 +38,6 @@ Shapes: a row is several texts end to end (section 3), with T tokens, N texts, Q
 import argparse
 import ast
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import inspect
@@ -455,7 +454,6 @@ class Encoder:
 # Why not simply ask GPT-2 whether a message is spam? It would continue the text. A model finetuned
 # on instructions can answer, and do many other tasks, but needs far more data and parameters. A
 # classifier knows only the labels that it was trained on; it is small, and gives probabilities.
-#
 # So GPT-2 gets a new head, random at first, with one output for each label. Softmax turns these
 # logits into probabilities that add up to 1: a text has exactly one label.
 #
@@ -1150,8 +1148,7 @@ def read_data(data, text_column="text", label_column="label"):
 
 
 def split_data(frame, data, balance=False):
-    """A DataFrame from read_data -> {part: DataFrame}, with a report: 70% train, 10% validation,
-    20% test. Raises Fault."""
+    """DataFrame -> {part: DataFrame}: 70% train, 10% validation, 20% test. Raises Fault."""
     if balance:  # as many texts of each label as the rarest one has, drawn as in the article
         n, groups = frame["label"].value_counts().min(), frame.groupby("label", sort=False)
         frame = pd.concat(g.sample(n, random_state=123) if len(g) > n else g for _, g in groups)
@@ -1272,6 +1269,7 @@ def train(args):
     """--train: read, split, measure baselines, finetune with each seed, report, save."""
     began, path = time.perf_counter(), args.classifier
     check_output(path, may_replace=True)
+    load_pretrained(**chosen(load_pretrained, vars(args)))  # its faults come before the work
     frame = read_data(args.data, args.text_column, args.label_column)
     _, labels, label_ids = check_texts(frame["text"], frame["label"])
     parts = split_data(frame.assign(label_id=label_ids), args.data, args.balance)
@@ -1321,6 +1319,7 @@ def predict_file(args, classifier):
     """--predict_file: the rows of a table with two more columns, as CSV, 1,000 rows at a time."""
     output = replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer)
     table = read_table(args.predict_file, text_column=args.text_column)
+    show = printable if sys.stdout.isatty() and not args.output else str  # no escape sequences
     prefix = ""
     while {f"{prefix}label", f"{prefix}probability"} & set(table):  # no column is overwritten
         prefix += "predicted_"
@@ -1330,8 +1329,9 @@ def predict_file(args, classifier):
             answers = classifier.predict(rows[args.text_column])
             rows[f"{prefix}label"] = [str(label) for label, _ in answers]
             rows[f"{prefix}probability"] = [f"{p:.4f}".strip("na") for _, p in answers]
-            # All cells are quoted: before Python 3.13, csv forgets to quote a lone carriage return.
-            lines = rows.to_csv(index=False, header=start == 0, quoting=csv.QUOTE_ALL)
+            # 1: all cells are quoted, since csv forgets a lone carriage return before Python 3.13.
+            rows = rows.map(show).rename(columns=show)
+            lines = rows.to_csv(index=False, header=start == 0, quoting=1)
             file.write(lines.encode(errors="backslashreplace"))
             file.flush()
     n_empty, n_cut = (table[args.text_column].str.strip() == "").sum(), classifier.encoder.n_cut

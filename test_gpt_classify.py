@@ -1019,12 +1019,16 @@ def test_evaluation_leaves_out_texts_of_training(trained, run):
     assert "no text is new" in run("--evaluate --data train.csv")[2]
 
 
-def test_terminal_escapes_reach_no_terminal(run):
+def test_terminal_escapes_reach_no_terminal(run, monkeypatch):
     write_checkpoint("gpt2.safetensors", gpt2_file())
     write_texts("texts.csv", labels="go\x1b[31mod poor")
     text = "\x1b]0;title\x07 \x9b31m \u202e good \r\n"
     for argv in ([TRAIN], ["--predict", text], ["--trace", text], ["--evaluate"]):
         assert not set("\x1b\x07\x9b\u202e\r") & set(run(*argv)[1]), argv
+    Path("t.csv").write_text("text,\x1b[31m\nred \x1b[31m,\x07\n")
+    assert "\x1b" in run("--predict_file t.csv")[1]  # of a file or pipe, the cells stay as they are
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert not set("\x1b\x07") & set(run("--predict_file t.csv")[1])
     family = "👨\u200d👩\u200d👧 a\u00a0b é"  # joined emojis and no-break spaces are harmless
     assert run("--predict", family)[1].endswith(f"\t{family}\n")
 
@@ -1086,6 +1090,7 @@ FAULTS = r"""
 --predict x --offline | a classifier knows its model
 --predict x --weights gpt2.safetensors | a classifier knows its model: leave out --model_size
 --predict x --output y | --output goes with --predict_file
+--train --data nowhere.csv --weights notes | notes is not a checkpoint of GPT-2 or BERT (
 FROM notes | notes is not a checkpoint of GPT-2 or BERT (
 FROM t.csv | t.csv is not a checkpoint of GPT-2 or BERT ( |
 FROM t.csv | 'wte' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
