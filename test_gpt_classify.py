@@ -900,6 +900,8 @@ def test_the_advice_follows_from_the_figures_of_the_run():
         found = g.advice(predicted, ids, "abc", *how)
         assert expected.strip() in "".join(found), line
         assert len(found) == bool(expected.strip()), line
+    perfect = torch.tensor([0, 2])  # no test text has the label b
+    assert g.advice(perfect, perfect, "abc", 0.97, False, vars(g.parse(["--train"]))) == []
 
 
 # 10. Commands and the command line ----------------------------------------------------------------
@@ -1004,6 +1006,7 @@ def test_a_trace_tells_what_each_beginning_of_the_text_gets(trained, run):
     assert found == run(f"{HERE} --predict", *beginnings)[1]
     assert found.count("\n") == 5
     assert run("--trace", "")[1] == "\t\t\n"
+    assert run("--trace", "-")[1].endswith("\t-\n")  # here it is a text
 
 
 def test_evaluation_leaves_out_texts_of_training(trained, run):
@@ -1061,6 +1064,7 @@ def test_every_default_is_the_articles_but_a_few_and_flags_win_over_offline():
     assert (offline.data, offline.model_size, offline.num_epochs) == ("stdlib", "gpt2-nano", 9)
     article = g.parse(["--train", "--article", "--pad_to", "1024"])
     assert (article.pad_to, article.lr_schedule, article.dtype) == (1024, "constant", "float32")
+    assert g.parse(["--train", "--article", "--offline"]).pad_to == 120
     assert set(g.complete({})) == set(g.OPTIONS.split())
     for function in (g.load_pretrained, g.Encoder, g.make_classifier, g.cache_features, g.fit):
         for name, p in g.inspect.signature(function).parameters.items():
