@@ -1,7 +1,7 @@
 """GPT-2 as a text classifier, in one file to be read from top to bottom.
 
     python gpt_classify.py --train --offline              # a first try: half a minute, no download
-    python gpt_classify.py --train --model_size minilm    # a small BERT: 15 seconds on a CPU
+    python gpt_classify.py --train --model_size minilm    # a small BERT: ten seconds on a CPU
     python gpt_classify.py --train                        # finetune GPT-2 to tell spam from ham
     python gpt_classify.py --predict "You are a winner"
     from gpt_classify import Classifier, finetune         # the same from Python
