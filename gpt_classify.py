@@ -292,8 +292,8 @@ def map_gpt2(tensors):
 def build(config, checkpoint=None):
     """A GPT with the tensors of a checkpoint {name: tensor}; it shares float32 tensors, without a
     copy. Without a checkpoint, matrices are random with standard deviation 0.02, biases 0, weights
-    of LayerNorm 1. In GPT-2, that of c_proj is 0.02 / sqrt(2 n_layer), since x is a sum of 2
-    n_layer outputs of c_proj. Raises KeyError or RuntimeError if the checkpoint does not fit."""
+    of LayerNorm 1. GPT-2 divides the deviation of c_proj by sqrt(2 n_layer), since x is a sum of
+    2 n_layer outputs of c_proj. Raises KeyError or RuntimeError if the checkpoint does not fit."""
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     if checkpoint is None:
@@ -518,8 +518,8 @@ def make_classifier(
         p.data = p.data.clone().contiguous()  # contiguous: .T in map_gpt2 only makes a view
     # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster
     # on some processors. But most steps change a weight by less than its eighth digit. So only
-    # frozen matrices are rounded. Trained weights stay float32; torch.autocast rounds a copy for
-    # each product. (If just a block or two are trained on a CPU, that is slower, and off.)
+    # frozen blocks (with LoRA: W) are rounded. Trained weights stay float32; torch.autocast rounds
+    # a copy for each product. (If only a block or two are trained on a CPU, that is slower: off.)
     if dtype == "bfloat16":
         model.bf16 = True
         model.h[: model.n_frozen].bfloat16()
@@ -590,9 +590,9 @@ def fit(
     149 validation texts, the best epoch would mostly be a lucky one."""
     device, trained = model.wpe.device, list(model.trained_parameters().values())
     optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
-    n_k = torch.bincount(torch.tensor([e.label_id for e in examples]))
-    # n / (K n_k): the texts of each label count as much as those of any other
-    label_weights = (len(examples) / (len(n_k) * n_k)).to(device) if class_weights else None
+    label_ids, K = torch.tensor([e.label_id for e in examples]), model.head.out_features
+    n_k = torch.bincount(label_ids, minlength=K)  # weights n / (K n_k): each label counts the same
+    label_weights = (len(examples) / (K * n_k)).to(device) if class_weights else None
     for epoch in range(1, num_epochs + 1):
         total_loss, n_correct = 0.0, 0
         order = random.Random(f"{seed}, epoch {epoch}").sample(examples, len(examples))
@@ -737,7 +737,7 @@ class Classifier:
         if saved is None and not Path(file).exists():
             raise FileNotFoundError(f"there is no classifier {file}: train one with --train")
         fault = f"{file} is no classifier, or of another version: train it again"
-        with blame(fault), torch.random.fork_rng([]):  # the new head's random numbers
+        with blame(fault), torch.random.fork_rng([]):  # a new head draws random numbers
             if saved is None:  # weights_only: no code of the file runs
                 saved = torch.load(file, "cpu", weights_only=True, mmap=True)["gpt_classify_3"]
             self.saved, self.labels = saved, saved["labels"]
@@ -1308,7 +1308,7 @@ def train(args):
 def predict(args, classifier):
     """--predict: label, probability and text, separated by tabs, a line for each text."""
     texts = args.predict
-    if texts in ([], ["-"]) and args.trace is None:
+    if texts in ([], ["-"]):
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     for text in texts:
         [(label, p)] = classifier.predict([text])
@@ -1329,8 +1329,8 @@ def predict_file(args, classifier):
             answers = classifier.predict(rows[args.text_column])
             rows[f"{prefix}label"] = [str(label) for label, _ in answers]
             rows[f"{prefix}probability"] = [f"{p:.4f}".strip("na") for _, p in answers]
-            # 1: all cells are quoted, since csv forgets a lone carriage return before Python 3.13.
             rows = rows.map(show).rename(columns=show)
+            # 1: all cells are quoted, since csv forgets a lone carriage return before Python 3.13.
             lines = rows.to_csv(index=False, header=start == 0, quoting=1)
             file.write(lines.encode(errors="backslashreplace"))
             file.flush()
@@ -1341,7 +1341,7 @@ def predict_file(args, classifier):
 def trace(args, classifier):
     """--trace: what a classifier answers after each word."""
     words = re.findall(r"\s*\S+", args.trace) or [""]
-    args.predict = ["".join(words[: i + 1]) for i in range(len(words))]
+    args.predict = ("".join(words[: i + 1]) for i in range(len(words)))  # its beginnings
     predict(args, classifier)
 
 

@@ -467,6 +467,8 @@ def test_with_class_weights_labels_count_the_same_but_not_in_the_loss_that_is_sh
     model, how = tiny_classifier(tmp_path), {"batch_size": 12, "class_weights": True}
     [(_, loss, _)] = g.fit(model, texts, num_epochs=1, **how)
     assert loss == pytest.approx(losses.mean().item(), rel=1e-4)
+    one_label = [e for e in texts if e.label_id == 0]  # no text has the label 1
+    assert len(list(g.fit(model, one_label, num_epochs=1, class_weights=True))) == 1
 
 
 def test_the_learning_rate_falls_to_zero_over_the_run_or_is_constant(tmp_path, monkeypatch):
