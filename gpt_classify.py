@@ -486,10 +486,9 @@ class Encoder:
 # 4. From language model to classifier
 #
 # Why not simply ask GPT-2 whether a message is spam? It would continue the text. A model finetuned
-# on instructions can answer, and do many other tasks, but needs far more data and parameters. A
-# classifier knows only the labels that it was trained on; it is small, and gives probabilities.
-# So GPT-2 gets a new head, random at first, with one output for each label. Softmax turns these
-# logits into probabilities that add up to 1: a text has exactly one label.
+# on instructions can answer, but needs far more data and parameters. So GPT-2 gets a new head,
+# random at first, with one output for each label. Softmax turns these logits into probabilities
+# that add up to 1: a text has exactly one label.
 #
 # Question 1: what should be trained besides the head? In the article, the head alone gets 72.00%,
 # with the last block 95.00%, with the last two 98.33%, and all layers get 96.67%. The last block
@@ -574,9 +573,9 @@ def make_classifier(
 #
 # The head starts at random, and such small steps do not get it far. So it has a learning rate of
 # its own, by default 20 times as large. This matters most if nothing else is trained (question 1):
-# @@HEAD@@
-# For the same reason, a small training set gets more than 5 epochs: finetune (section 8) trains for
-# at least 500 steps.
+# MiniLM's head alone gets 83.1% at 5e-5, and 93.7% at 4e-3 (here, means of three seeds). So part of
+# the article's 72.00% may be the learning rate. For the same reason, a small training set gets more
+# than 5 epochs: finetune (section 8) trains for at least 500 steps.
 
 
 def fit(
@@ -599,8 +598,8 @@ def fit(
 
     It yields (epoch, loss, accuracy) after each epoch: means over the Examples, without class
     weights, each measured just before the model learned from it. grad_clip None or 0: no limit.
-    Raises Fault if the loss is not finite. The last epoch is the result, as in the article. To pick
-    the best one would be luck: 149 validation texts cannot tell epochs apart."""
+    Raises Fault if the loss is not finite. The last epoch is the result, as in the article: 149
+    validation texts are too few to tell which epoch is best."""
     device = model.wpe.device
     head = list(model.head.parameters())
     others = [p for name, p in model.trained_parameters().items() if not name.startswith("head.")]
