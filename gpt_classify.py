@@ -1114,7 +1114,7 @@ class Classifier:
         names = self.model.trained_parameters() if published else self.model.state_dict()
         saved = {
             "config": dataclasses.asdict(config),
-            "vocabulary": list(self.encoder.tokenizer.ids) if config.bert else None,
+            "vocabulary": self.encoder.tokenizer.vocabulary if config.bert else None,
             "options": vars(self.options),
             "classes_": self.classes_,
             "hashes": self.hashes,
@@ -1222,7 +1222,7 @@ def blame(what):
     """Turns any error in its body into a Fault that says `what` is wrong, with the reason."""
     try:
         yield
-    except (Fault, FileNotFoundError, MemoryError, torch.OutOfMemoryError):
+    except (Fault, FileNotFoundError, BrokenPipeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -1541,6 +1541,7 @@ class WordPiece:
     ALONE += "\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
 
     def __init__(self, vocabulary, vocab_size):
+        self.vocabulary = vocabulary
         self.ids = {token: i for i, token in enumerate(vocabulary)}
         self.cased = any(token != token.lower() for token in vocabulary if token[:1] != "[")
         self.table = {}  # what becomes of each character, for str.translate
@@ -1822,10 +1823,14 @@ def baselines(texts, labels, test_texts):
     label_ids = torch.tensor(numbers)
     answers = {"commonest label": label_ids.mode().values.expand(len(test_texts))}
     n = len(texts)
-    words = tfidf([*texts, *test_texts], n)
-    V, K = words.shape[1], len(classes)
-    if V * K > 5e7:
-        say("baseline", f"tf-idf is left out: {V:,} words for {K:,} labels are too many")
+    K = len(classes)
+    all_texts = [*texts, *test_texts]
+    n_characters = sum(map(len, all_texts))
+    if n_characters < 3e7:  # else there is too little memory for a list of the words
+        words = tfidf(all_texts, n)
+        V = words.shape[1]
+    if n_characters >= 3e7 or V * K > 5e7:
+        say("baseline", "tf-idf is left out: there are too many words, or words times labels")
         return answers
     weights = torch.zeros(V, K, requires_grad=True)
     bias = torch.zeros(K, requires_grad=True)
@@ -1835,9 +1840,8 @@ def baselines(texts, labels, test_texts):
     def closure():
         optimizer.zero_grad()
         logits = torch.sparse.mm(words, weights) + bias
-        loss = F.cross_entropy(logits[:n], label_ids) + weights.square().sum() / (
-            20 * n
-        )  # scikit-learn's C = 10
+        penalty = weights.square().sum() / (20 * n)  # as C = 10 in scikit-learn
+        loss = F.cross_entropy(logits[:n], label_ids) + penalty
         loss.backward()
         return loss
 
@@ -1917,14 +1921,15 @@ def train(
         # the same. So the deviation over seeds measures luck in training, while the 95% interval of
         # an accuracy measures luck in the choice of the test texts.
         runs = []
-        for found in finetune_seeds(texts, labels, validation, options, seeds):
+        for finetuned in finetune_seeds(texts, labels, validation, options, seeds):
             name = "test" if len(seeds) == 1 else f"seed {seeds[len(runs)]}"
+            file = None if runs else answers_file
             if not runs:
-                found.save(classifier)  # of several seeds, the first
-                saved = found
-            label_ids, predicted = test_on(test, found, name, None if runs else answers_file)
+                finetuned.save(classifier)  # of several seeds, the first
+                saved = finetuned
+            label_ids, predicted = test_on(test, finetuned, name, file)
             runs.append(predicted)
-        K = len(found.classes_)
+        K = len(saved.classes_)
         accuracies = (torch.stack(runs) == label_ids).double().mean(1)
         if len(seeds) > 1:
             spread = f"standard deviation over the seeds {accuracies.std():.2%}"
@@ -2045,9 +2050,10 @@ def add_answers(table, classifier, probs):
 def write_rows(file, table):
     """Writes a DataFrame as CSV. All cells are quoted (1), since before Python 3.13 csv forgets to
     quote a lone carriage return."""
-    lines = table.to_csv(index=False, quoting=1)
+    lines = table.to_csv(index=False, quoting=1).encode(errors="backslashreplace")
     with blame("the output could not be written"):
-        file.write(lines.encode(errors="backslashreplace"))
+        while lines:  # with `python -u`, one call may write only a part
+            lines = lines[file.write(lines) :]
         file.flush()
 
 
