@@ -1285,7 +1285,7 @@ def check_output(path, may_replace=False):
     if bad or str(path) == "-":
         raise Fault(f"{path} cannot be written: choose another name or folder")
     if Path(path).exists() and not (may_replace and is_classifier(path)):
-        raise Fault(f"{path} exists, and only a classifier is replaced: choose another name")
+        raise Fault(f"{path} exists, and is not replaced: choose another name")
 
 
 def is_classifier(path):
