@@ -1665,17 +1665,11 @@ def split_data(frame, data, test=None):
             share = 1 / 8  # of what is left
         valid = training.groupby("label").sample(frac=share, random_state=123)
         training = training.drop(valid.index)
-    n = len(frame)
-    counts = frame["label"].value_counts()
-    if test.empty:
-        raise Fault("there is no text to test on: use more texts, or another --test_data")
-    if training["label"].nunique() < len(counts):
-        few = f"{n:,} texts with {len(counts):,} labels are too few: 10 of each are enough"
-        raise Fault(f"{data}: {few}; or see --label_column")
-    test = known_labels(test, counts.index)
-    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.sort_index().items())
+    test = known_labels(test, training["label"].unique())
+    counts = frame["label"].value_counts().sort_index()
+    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.items())
     sizes = f"{len(training):,} train, {len(valid):,} validation, {len(test):,} test"
-    say("data", f"{data}: {n:,} texts ({shown:.300}): {sizes}")
+    say("data", f"{data}: {len(frame):,} texts ({shown:.300}): {sizes}")
     return training, valid, test
 
 
@@ -1693,7 +1687,10 @@ def known_labels(frame, known):
         unknown = ", ".join(sorted(set(frame["label"][~is_known])))
         say("data", f"{(~is_known).sum():,} texts with unknown labels are left out: {unknown:.200}")
     if not is_known.any():
-        raise Fault(f"there is no text to test on; known labels are {', '.join(known):.200}")
+        labels = ", ".join(known)
+        raise Fault(
+            f"there is no text to test on, with one of the labels {labels:.200}: 10 are enough"
+        )
     return frame[is_known]
 
 
