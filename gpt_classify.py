@@ -1687,9 +1687,9 @@ def known_labels(frame, known):
         unknown = ", ".join(sorted(set(frame["label"][~is_known])))
         say("data", f"{(~is_known).sum():,} texts with unknown labels are left out: {unknown:.200}")
     if not is_known.any():
-        labels = ", ".join(known)
+        labels = ", ".join(known) or "none"
         raise Fault(
-            f"there is no text to test on, with one of the labels {labels:.200}: 10 are enough"
+            f"there is no text to test on (10 of each label are enough; labels: {labels:.200})"
         )
     return frame[is_known]
 
