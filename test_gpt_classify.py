@@ -477,9 +477,12 @@ def test_fit_does_what_the_formulas_of_adamw_say(here, how):
     close(dict(model.named_parameters()), dict(by_hand.named_parameters()), 1e-6)
 
 
-def test_a_label_without_texts_does_not_stop_training(here):
-    texts = random_texts(12)[::2]  # no text has the label 1
-    assert len(list(g.fit(tiny_classifier(), texts, num_epochs=1, class_weights=True))) == 1
+def test_rows_are_short_in_training_and_a_label_without_texts_does_not_stop_it(here, monkeypatch):
+    seen, pack = set(), g.pack
+    monkeypatch.setattr(g, "pack", lambda *args: seen.add(args[1]) or pack(*args))
+    how = {"num_epochs": 1, "class_weights": True, "tokens_per_row": 40}
+    assert len(list(g.fit(tiny_classifier(), random_texts(12)[::2], **how))) == 1
+    assert seen == {40}  # memory does not depend on the size of a batch
 
 
 def test_each_option_reaches_its_place_and_the_history_tells_what_happened(
@@ -666,7 +669,7 @@ def test_values_are_taken_as_python_users_write_them_and_wrong_ones_are_refused(
 
 
 def test_finetune_takes_any_list_and_gives_labels_back_as_they_were(here, capsys):
-    labels = pd.Series([10, 2, 3] * 20)  # numpy's integers, sorted as numbers
+    labels = pd.Series([10, 2, 3] * 20).to_numpy()  # numpy's integers, sorted as numbers
     classifier = g.finetune(pd.Series(TEXTS), labels, **NANO)
     assert (classifier.classes_, classifier.temperature) == ([2, 3, 10], 1)
     assert capsys.readouterr() == ("", "")
@@ -1102,7 +1105,7 @@ def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here):
 def test_odd_rows_of_a_table_are_counted_and_repeated_ones_are_trained_on_once(here, capsys):
     rows = "x,a\nx,a\nx,A\n,a\n\u200b\ufe0f ,b\nlabelless,\nshort\ny,b\ny,c\n"
     Path("t.csv").write_text(f"text,label\n{rows}")
-    assert g.read_data("t.csv", to_train=True).sum(1).tolist() == ["xa", "xA", "yb", "yc"]
+    assert g.read_data("t.csv", to_train=True).sum(axis=1).tolist() == ["xa", "xA", "yb", "yc"]
     lines = """\
 data      t.csv: 4 rows without text or label are left out
 data      t.csv: 1 rows that repeat an earlier one are left out
@@ -1110,7 +1113,7 @@ data      t.csv: 2 texts have a second label, too
 data      t.csv: 1 labels differ from others only in case
 """
     assert capsys.readouterr().out == lines
-    assert g.read_data("t.csv").sum(1).tolist() == ["xa", "xa", "xA", "yb", "yc"]
+    assert g.read_data("t.csv").sum(axis=1).tolist() == ["xa", "xa", "xA", "yb", "yc"]
     assert capsys.readouterr().out == re.sub(".*repeat.*\n", "", lines)
 
 
@@ -1658,7 +1661,7 @@ FROM gpt2 --max_length 65 | this model reads at most 64 tokens
 FROM gpt2 --learning_rate nan | learning_rate is 'nan'; it must be a number from 0
 FROM gpt2 --head_learning_rate -1 | head_learning_rate is '-1'; it must be a number from 0
 FROM gpt2 --learning_rate 1e18 | try a smaller learning_rate
-FROM gpt2 --test_data t.csv | test on; known labels are good, poor | text,label\nx,c\n
+FROM gpt2 --test_data t.csv | (10 of each label are enough; labels: good, poor | text,label\nx,c\n
 FROM gpt2 --test_data t.csv | there is no text to test on | text,label\n
 FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | text,kind\nx,c\n
 --predict x --classifier gpt2/model.safetensors | is not a classifier, or of another version
@@ -1666,7 +1669,7 @@ FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | 
 --predict_file t.csv | not one 'text': name yours with --text_column | text,text\nx,y\n
 --predict_file t.csv --text_column a | not one 'a' | text\nx\n
 --evaluate --data no.csv --output texts.csv --classifier no | texts.csv exists, and
---evaluate --data t.csv | known labels are good, poor | text,label\nx,c\ny,d\n
+--evaluate --data t.csv | labels: good, poor | text,label\nx,c\ny,d\n
 TRAIN notes | notes is not a table: save it as CSV UTF-8, under a name that ends in .csv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
 TRAIN t.csv | there is no text to test on | text,label\n
@@ -1676,7 +1679,7 @@ TRAIN t.csv | 'text', 'Label', not one 'label': name yours with --label_column |
 TRAIN t.csv | has the columns 'text', 'label', 'label', not one 'label' | text,label,label\nx,a,a\n
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | 1 different labels are too few | text,label\nx,a\ny,a\nz,a\nq,a\nr,a\n
-TRAIN t.csv | there is no text to test on: use more texts | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | labels: a, b, c | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --classifier texts.csv | texts.csv exists, and
 TRAIN texts.csv --classifier ./bert/../gpt2/model.safetensors | model.safetensors exists, and
 TRAIN texts.csv --classifier texts.csv/c | texts.csv/c cannot be written
