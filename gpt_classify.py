@@ -2,7 +2,7 @@
 
     python gpt_classify.py --train --offline              # a first try: half a minute, no download
     python gpt_classify.py --trace "while the server is running"   # at first code, at last prose
-    python gpt_classify.py --train --model_size minilm    # a small BERT: under a minute on a CPU
+    python gpt_classify.py --train --model_size minilm    # a small BERT: a minute or two on a CPU
     python gpt_classify.py --train                        # finetune GPT-2 to tell spam from ham
     python gpt_classify.py --predict "You are a winner"
     from gpt_classify import Classifier, finetune         # the same from Python
