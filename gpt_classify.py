@@ -551,9 +551,10 @@ def make_classifier(
 #
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. Its gradient with
-# respect to the logits is the probabilities, minus 1 for the right label: here (-0.18, 0.18). So
-# training raises the right logit and lowers the others, most if the model was sure and wrong.
+# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. The gradient of the
+# loss with respect to the logits is the probabilities, minus 1 for the right label: (-0.18, 0.18)
+# if it is the first. So training raises the right logit and lowers the others, most if the model
+# was sure and wrong.
 #
 # Adam (arXiv:1412.6980) divides the mean of a weight's recent gradients by their usual size. So a
 # step changes a weight by at most about the learning rate: 5e-5, since GPT-2 should keep what it
@@ -777,8 +778,9 @@ class FastGPT(GPT):
     def frozen_features(self, packed):
         """PackedTexts -> the output of the frozen blocks, (T, C) or, if all are frozen, (N, C). If
         none is, it is the embedding."""
-        x = self.embed(packed).to(self.dtype if self.n_frozen else torch.float32)
-        return self.run_blocks(self.h[: self.n_frozen], x, packed)
+        n_frozen = self.n_frozen
+        x = self.embed(packed).to(self.dtype if n_frozen else torch.float32)
+        return self.run_blocks(self.h[:n_frozen], x, packed)
 
     def forward(self, packed):
         """PackedTexts -> logits (N, K)."""
@@ -786,9 +788,10 @@ class FastGPT(GPT):
             features = self.frozen_features(packed)
         else:
             features = torch.cat([e.features for e in packed.examples]).to(packed.ids.device)
-        autocast = self.dtype == torch.bfloat16 and (features.is_cuda or self.n_frozen == 0)
+        n_frozen = self.n_frozen
+        autocast = self.dtype == torch.bfloat16 and (features.is_cuda or n_frozen == 0)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
-            x = self.run_blocks(self.h[self.n_frozen :], features.float(), packed)  # (N, C)
+            x = self.run_blocks(self.h[n_frozen:], features.float(), packed)  # (N, C)
             return self.head(x).float()
 
 
@@ -896,8 +899,8 @@ def finetune(
     dtype: of training, float32 or bfloat16 (bfloat16 where it is faster)
     verbose: print what happens
 
-    Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. The process
-    stays as it was: random state, default dtype, environment."""
+    Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. Neither reads
+    nor changes the process's random state."""
     options = check_options(locals())
     texts, labels = check_texts(texts, labels)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
