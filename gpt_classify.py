@@ -1,7 +1,6 @@
 """GPT-2 as a text classifier, in one file to be read from top to bottom.
 
     python gpt_classify.py --train --offline              # a first try: half a minute, no download
-    python gpt_classify.py --trace "while the server is running"   # at first code, at last prose
     python gpt_classify.py --train --model_size minilm    # a small BERT: a minute or two on a CPU
     python gpt_classify.py --train                        # finetune GPT-2 to tell spam from ham
     python gpt_classify.py --predict "You are a winner"
@@ -406,13 +405,14 @@ class PackedTexts:
         return sums / torch.bincount(text_index)[:, None]
 
 
-def pack(examples, tokens_per_row=384, device="cpu"):
+def pack(examples, device="cpu", tokens_per_row=None):
     """Yields rows (PackedTexts) of whole Examples, in order. A text that is longer than
-    tokens_per_row gets a row of its own."""
+    tokens_per_row (384 on a CPU, 2,048 elsewhere) gets a row of its own."""
+    limit = tokens_per_row or (384 if torch.device(device).type == "cpu" else 2048)
     row = []
     n_tokens = 0
     for example in examples:
-        if row and n_tokens + len(example.ids) > tokens_per_row:
+        if row and n_tokens + len(example.ids) > limit:
             yield PackedTexts(row, device)
             row = []
             n_tokens = 0
@@ -580,7 +580,6 @@ def fit(
     grad_clip=1.0,
     class_weights=False,
     seed=123,
-    tokens_per_row=384,
     verbose=False,
 ):
     """A generator that trains a model on Examples: nothing is trained until you loop over it.
@@ -614,7 +613,7 @@ def fit(
             optimizer.zero_grad()
             # A batch is packed into rows. backward() adds to the gradients, so the rows can run one
             # by one, each with its share of the batch's mean loss. Memory holds one row at a time.
-            for packed in pack(batch, tokens_per_row, device):
+            for packed in pack(batch, device):
                 logits = model(packed)  # (N, K)
                 loss = F.cross_entropy(logits, packed.label_ids, label_weights, reduction="sum")
                 (loss / len(batch)).backward()
@@ -645,10 +644,9 @@ def fit(
 
 
 @torch.no_grad()
-def predict_logits(model, examples, tokens_per_row=384, verbose=False):
+def predict_logits(model, examples, verbose=False):
     """A list of N Examples (there may be none) -> logits (N, K), float32 on the CPU."""
-    # Measured here: without a backward pass, two thirds of a row are faster on a CPU.
-    rows = pack(examples, tokens_per_row * 2 // 3, model.wpe.device)
+    rows = pack(examples, model.wpe.device)
     logits = [model(packed).cpu() for packed in progress(rows, len(examples), "texts", verbose)]
     return torch.cat([model.head.weight.new_empty(0, model.head.out_features).cpu(), *logits])
 
@@ -796,7 +794,7 @@ class FastGPT(GPT):
 
 
 @torch.no_grad()
-def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, verbose=False):
+def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
     """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Examples that
     have some keep them: the seeds of a run share them."""
     if not model.n_frozen or not examples or examples[0].features is not None:
@@ -807,12 +805,9 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, ve
     shape = (sum(lengths), model.config.n_embd)
     kept = empty_features(shape, dtype, model.wpe.device, feature_cache_gb)
     if verbose:
-        when = "in every epoch (no room on the disk)" if kept is None else "once"
-        say("frozen", f"{model.n_frozen} blocks run {when} for {len(examples):,} texts")
-    if kept is None:
-        return
+        say("frozen", f"{model.n_frozen} blocks run once for {len(examples):,} texts")
     start = 0
-    rows = pack(examples, tokens_per_row * 2 // 3, model.wpe.device)  # see predict_logits
+    rows = pack(examples, model.wpe.device)
     for packed in progress(rows, len(examples), f"{model.n_frozen} frozen blocks", verbose):
         features = model.frozen_features(packed)
         kept[start : start + len(features)] = features
@@ -824,12 +819,13 @@ def cache_features(model, examples, tokens_per_row=384, feature_cache_gb=4.0, ve
 def empty_features(shape, dtype, device, feature_cache_gb):
     """A tensor for features. If it needs more than feature_cache_gb gigabytes, it lies in a
     temporary file that is mapped into memory. The system removes the file when the run ends,
-    however it ends. None if the disk has no room for it."""
+    however it ends. Raises Fault if the disk has no room for it."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes <= feature_cache_gb * 1e9:
         return torch.empty(shape, dtype=dtype, device=device)
-    if n_bytes + 1e9 > shutil.disk_usage(tempfile.gettempdir()).free:
-        return None
+    folder = tempfile.gettempdir()
+    if n_bytes + 1e9 > shutil.disk_usage(folder).free:
+        raise Fault(f"{folder} has no room for {n_bytes / 1e9:.0f} GB: set TMPDIR to a larger disk")
     with tempfile.TemporaryFile() as file:
         file.truncate(n_bytes)
         data = mmap.mmap(file.fileno(), n_bytes)
@@ -863,7 +859,6 @@ def finetune(
     grad_clip: float | None = 1.0,
     class_weights: bool = False,
     seed: int = 123,
-    tokens_per_row: int | None = None,
     feature_cache_gb: float = 4.0,
     device: str | None = None,
     dtype: str | None = None,
@@ -893,7 +888,6 @@ def finetune(
     grad_clip: limit of the gradient's norm; 0: none (1)
     class_weights: let each label count the same in the loss
     seed: decides the head, the order of the texts, and random weights (123)
-    tokens_per_row: packed at once (CPU: 384, else 2048)
     feature_cache_gb: memory for the output of frozen blocks; more goes to a temporary file (4)
     device: cuda, mps or cpu (the best there is)
     dtype: of training, float32 or bfloat16 (bfloat16 where it is faster)
@@ -955,7 +949,7 @@ def complete_options(options, config, n_texts):
     trained with mean pooling and short texts, and works with larger learning rates."""
     minilm = config == SIZES["minilm"]
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
-    device, dtype, tokens_per_row = best_for(options.device)
+    device, dtype = best_for(options.device)
     defaults = {
         "trainable_token_pos": "mean" if minilm else "first" if config.bert else "last",
         "trainable_layers": "last_four_blocks" if minilm else "last_block",
@@ -963,7 +957,6 @@ def complete_options(options, config, n_texts):
         "learning_rate": 1e-4 if minilm else 5e-5,
         "num_epochs": max(5, math.ceil(500 / steps_per_epoch)),
         "dtype": dtype,
-        "tokens_per_row": tokens_per_row,
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -1009,14 +1002,13 @@ def finetune_seed(model, training, validation, options):
     """The second half of finetune, for one seed: trains a new classifier on lists of Examples ->
     (temperature, history)."""
     examples = training + validation
-    rows, verbose = options.tokens_per_row, options.verbose
-    cache_features(model, examples, rows, options.feature_cache_gb, verbose)
+    cache_features(model, examples, options.feature_cache_gb, options.verbose)
     settings = {name: getattr(options, name) for name in fit.__kwdefaults__}  # options of the loop
     temperature, history = train_classifier(model, training, validation, **settings)
     if options.weights == "random":  # the next seed draws others
         for example in examples:
             example.features = None
-    if verbose:
+    if options.verbose:
         say("", f"temperature {temperature:.2f}, from {len(validation):,} validation texts")
     return temperature, history
 
@@ -1068,7 +1060,7 @@ class Classifier:
         missing or blank text gets a row of nan. Raises Fault if a text is not a string."""
         texts = as_texts(texts)
         examples = self.encoder.examples(texts)
-        logits = predict_logits(self.model, examples, self.options.tokens_per_row, verbose)
+        logits = predict_logits(self.model, examples, verbose)
         probs = (logits / self.temperature).softmax(1).numpy()
         probs[[text == "" for text in texts]] = math.nan
         return probs
@@ -1098,15 +1090,14 @@ class Classifier:
             torch.save({FORMAT: saved}, file)
 
     @classmethod
-    def load(cls, path, device=None, dtype=None, tokens_per_row=None):
-        """Reads the file that `save` or --train wrote, without running code from it. device, dtype,
-        tokens_per_row: None means the best there is, but float32 on a CPU. Raises Fault if the file
-        is not a classifier, FileNotFoundError."""
-        device, best_dtype, best_rows = best_for(device)
+    def load(cls, path, device=None, dtype=None):
+        """Reads the file that `save` or --train wrote, without running code from it. device, dtype:
+        None means the best there is, but float32 on a CPU. Raises Fault if the file is not a
+        classifier, FileNotFoundError."""
+        device, best_dtype = best_for(device)
         dtype = check_option("dtype", dtype)
         if dtype is None:
             dtype = "float32" if device.startswith("cpu") else best_dtype
-        tokens_per_row = check_option("tokens_per_row", tokens_per_row) or best_rows
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
         with blame(f"{path} is not a classifier, or of another version: train it again"):
@@ -1114,7 +1105,7 @@ class Classifier:
                 raise ValueError("this tool did not write it")
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
-            running = {"device": device, "dtype": dtype, "tokens_per_row": tokens_per_row}
+            running = {"device": device, "dtype": dtype}
             options = argparse.Namespace(**saved.pop("options") | running)
             config = GPTConfig(**saved.pop("config"))
             encoder = new_encoder(config, saved.pop("vocabulary"), options)
@@ -1170,7 +1161,7 @@ def check_texts(texts, labels):
 
 
 def best_for(device=None):
-    """(device, dtype, tokens per row): the best there is, or for one device. Raises Fault."""
+    """(device, dtype): the best there is, or the best dtype for a device. Raises Fault."""
     device = str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"device {device} does not work on this machine"):
         kind = torch.device(device).type
@@ -1178,7 +1169,7 @@ def best_for(device=None):
     fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if kind == "cpu":  # get_capabilities is not in all versions of torch
         fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return device, "bfloat16" if fast else "float32", 384 if kind == "cpu" else 2048
+    return device, "bfloat16" if fast else "float32"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1239,27 +1230,25 @@ def progress(items, n_texts, what, verbose=True):
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
 # with type, shape and place of each tensor; then the numbers. They are mapped into memory: GPT-2's
 # 548 MB "load" in milliseconds, and are read when first used. (huggingface.co/docs/safetensors)
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
-    """A safetensors file -> {name: tensor}. Raises an error if it is not complete."""
+    """A safetensors file -> {name: tensor}; integers, which are no weights, are left out. Raises an
+    error if the file is not complete."""
     with open(path, "rb") as file:
         # COPY: changes to the tensors do not reach the file.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
+    numbers = memoryview(data)[start:]
     tensors = {}
     for name, entry in header.items():
-        numbers = torch.frombuffer(
-            data,
-            dtype=DTYPES[entry["dtype"]],
-            count=math.prod(entry["shape"]),
-            offset=start + entry["data_offsets"][0],
-        )
-        tensors[name] = numbers.view(entry["shape"])
+        if entry["dtype"] in DTYPES:
+            begin, end = entry["data_offsets"]
+            tensor = torch.frombuffer(numbers[begin:end], dtype=DTYPES[entry["dtype"]])
+            tensors[name] = tensor.view(entry["shape"])
     return tensors
 
 
@@ -1514,7 +1503,6 @@ class WordPiece:
         self.vocabulary = vocabulary
         self.ids = {token: i for i, token in enumerate(vocabulary)}
         self.cased = any(token != token.lower() for token in vocabulary if token[:1] != "[")
-        self.table = {}  # what becomes of each character, for str.translate
         special = {"[CLS]", "[SEP]", "[UNK]"}
         if len(vocabulary) != vocab_size or not special <= self.ids.keys():
             wanted = f"that of a BERT model with {vocab_size:,} tokens"
@@ -1552,11 +1540,9 @@ class WordPiece:
         text = unicodedata.normalize("NFC", text)
         if not self.cased:
             text = unicodedata.normalize("NFD", text.lower())
-        for character in set(text):
-            if ord(character) not in self.table:
-                self.table[ord(character)] = self.separate(character)
+        table = {ord(character): self.separate(character) for character in set(text)}
         ids = [self.ids["[CLS]"]]
-        for word in text.translate(self.table).split():
+        for word in text.translate(table).split():
             ids += self.pieces(word) if len(word) <= 100 else [self.ids["[UNK]"]]
         return [*ids, self.ids["[SEP]"]]
 
@@ -1743,18 +1729,18 @@ def report(name, probs, label_ids, classes, texts):
 
     answers = {"label": label_ids.tolist(), "answer": predicted.tolist()}
     answers = pd.DataFrame(answers).map(labels.__getitem__)
-    answers["p"] = confidence.numpy()
-    right = pd.Series(correct.numpy())
+    answers = answers.assign(p=confidence.numpy(), right=correct.numpy(), text=texts)
     rows = {}
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
         sure = answers["p"] >= level
-        rows[f"{level:.0%}"] = {"share of texts": sure.mean(), "of these right": right[sure].mean()}
-    show(pd.DataFrame(rows).rename_axis("probability from", axis=1))
-    wrong = answers[~right]
+        rows[f"{level:.0%}"] = [sure.mean(), answers["right"][sure].mean()]
+    rows = pd.DataFrame(rows, ["share of texts", "of these right"])
+    show(rows.rename_axis("probability from", axis=1))
+    wrong = answers[~answers["right"]]
     for (label, answer), n in wrong.value_counts(["label", "answer"])[:5].items():
         say("confused", f"{label} as {answer}: {n:,} texts")
-    for i, label, answer, p in wrong.nlargest(3, "p").itertuples():
-        say("mistake", f"{label} as {answer} at {p:.1%}: {texts[i]:.60}")
+    for row in wrong.nlargest(3, "p").itertuples():
+        say("mistake", f"{row.label} as {row.answer} at {row.p:.1%}: {row.text:.60}")
 
 
 def show(table):
@@ -1966,17 +1952,6 @@ def predict(texts, classifier="classifier.pt", **running):
         if sys.stdin is None:
             raise Fault("standard input is closed")
         texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
-    print_answers(classifier, texts)
-
-
-def trace(text, classifier="classifier.pt", **running):
-    """--trace: what a classifier answers after each word."""
-    classifier = Classifier.load(classifier, **running)
-    words = re.findall(r"\s*\S+", text) or [""]
-    print_answers(classifier, ["".join(words[: i + 1]) for i in range(len(words))])
-
-
-def print_answers(classifier, texts):
     if sys.stdout is None:
         raise Fault("standard output is closed")
     for text in texts:
@@ -2027,7 +2002,7 @@ def write_rows(file, table):
         file.flush()
 
 
-RUNNING = ("device", "dtype", "tokens_per_row")  # options that all actions take
+RUNNING = ("device", "dtype")  # options that all actions take
 RECIPES = {  # what --article and --offline stand for
     "article": {
         "pad_to": 120,
@@ -2065,7 +2040,6 @@ def make_parser():
     add("--train", **switch, help="finetune, report, save")
     add("--predict", nargs="*", metavar="TEXT", help="classify texts; -: lines of standard input")
     add("--predict_file", metavar="FILE", help="classify the rows of a table; writes CSV")
-    add("--trace", metavar="TEXT", help="what the model answers after each word")
     add("--evaluate", **switch, help="report on --data, without texts of training")
     title = f"flags of --train, and options of finetune in Python ({', '.join(RUNNING)}: of all)"
     add = parser.add_argument_group(title).add_argument
@@ -2082,7 +2056,7 @@ def make_parser():
 def parse(argv):
     """The flags -> (function, its positional arguments, its keyword arguments). Raises Fault."""
     given = vars(make_parser().parse_args(argv))
-    actions = (train, predict, predict_file, trace, evaluate)
+    actions = (train, predict, predict_file, evaluate)
     [function] = [action for action in actions if action.__name__ in given]
     value = given.pop(function.__name__)
     more = [*OPTIONS, *RECIPES] if function is train else RUNNING
