@@ -1621,8 +1621,8 @@ def read_data(data, text_column="text", label_column="label", to_train=False):
     for n, what in (
         (len(table) - n_full, "rows without text or label are left out"),
         (n_full - len(frame), "rows that repeat an earlier one are left out"),
-        (frame.drop_duplicates()["text"].duplicated().sum(), "texts have a second label, too"),
-        (labels.str.lower().duplicated().sum(), "labels differ from others only in case"),
+        (frame.drop_duplicates()["text"].duplicated().sum(), "texts have a second label (kept)"),
+        (labels.str.lower().duplicated().sum(), "labels differ only in case (kept apart)"),
     ):
         if n:
             say("data", f"{data}: {n:,} {what}")
@@ -1664,10 +1664,8 @@ def known_labels(frame, known):
         unknown = ", ".join(sorted(set(frame["label"][~is_known])))
         say("data", f"{(~is_known).sum():,} texts with unknown labels are left out: {unknown:.200}")
     if not is_known.any():
-        labels = ", ".join(known) or "none"
-        raise Fault(
-            f"there is no text to test on (10 of each label are enough; labels: {labels:.200})"
-        )
+        wanted = f"labels of training: {', '.join(known):.200}; 10 texts of each are enough"
+        raise Fault(f"there is no text to test on: is it the right label_column? ({wanted})")
     return frame[is_known]
 
 
@@ -1821,7 +1819,7 @@ def train(
 
     offline: a flag: no download, but a tiny model and texts of this machine
     article: a flag: the article's settings, for its experiments (see README)
-    data: sms (to train: as many of each label), stdlib, or a csv or tsv file (sms)
+    data: sms (to train: as many ham as spam), stdlib, or a csv or tsv file (sms)
     test_data: a csv or tsv file to test on (a fifth of data)
     text_column: name of a column (text)
     label_column: name of a column (label)
@@ -1859,6 +1857,7 @@ def train(
         if len(seeds) > 1:
             spread = f"standard deviation over the seeds {accuracies.std():.2%}"
             say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}")
+            say("", f"all that follows is about seed {seeds[0]}")
         predicted = runs[0]
         seen = torch.tensor(test["text"].isin([*texts, *validation[0]]).tolist())
         if seen.any():
@@ -1895,8 +1894,8 @@ def evaluate(
 ):
     """--evaluate: reports on labeled texts, without those of training and validation."""
     with replacing(output) as file:
-        frame = read_data(data, text_column, label_column)
         classifier = Classifier.load(classifier, **running)
+        frame = read_data(data, text_column, label_column)
         new = frame[~pd.Series(hashes(frame["text"]), frame.index).isin(classifier.hashes)]
         say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
         new = known_labels(new, [str(label) for label in classifier.classes_])
@@ -2027,6 +2026,8 @@ def parse(argv):
     odd = given.keys() - {*inspect.signature(function).parameters, *more}
     if odd:
         raise Fault(f"--{function.__name__} does not take --{', --'.join(sorted(odd))}")
+    if "offline" in given and "model_size" in given:
+        raise Fault("--offline trains gpt2-nano: leave out --model_size, or --offline")
     if "article" in given:  # one learning rate for all
         given.setdefault("head_learning_rate", given.get("learning_rate", 5e-5))
     for name, recipe in RECIPES.items():

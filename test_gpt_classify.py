@@ -1113,8 +1113,8 @@ def test_odd_rows_of_a_table_are_counted_and_repeated_ones_are_trained_on_once(h
     lines = """\
 data      t.csv: 4 rows without text or label are left out
 data      t.csv: 1 rows that repeat an earlier one are left out
-data      t.csv: 2 texts have a second label, too
-data      t.csv: 1 labels differ from others only in case
+data      t.csv: 2 texts have a second label (kept)
+data      t.csv: 1 labels differ only in case (kept apart)
 """
     assert capsys.readouterr().out == lines
     assert g.read_data("t.csv").sum(axis=1).tolist() == ["xa", "xa", "xA", "yb", "yc"]
@@ -1337,6 +1337,7 @@ mistake   e as a at 92.0%: ee 000 e .92
 mistake   b as a at 80.0%: qq 000 b .8
 mistake   b as a at 80.0%: qq 001 b .8
 seeds     mean accuracy 71.62%, standard deviation over the seeds 21.02%
+          all that follows is about seed 123
 new texts without 9 test texts known from training: accuracy 82.14% (95% interval 64.4% to 92.1%, \
 28 texts), macro F1 69.0%
 baseline  commonest label: accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%
@@ -1523,7 +1524,7 @@ def test_evaluation_leaves_out_texts_of_training_and_knows_the_commonest_label(t
         file.write(f"a new one,good\n{'long ' * 30} good,good\nthing 001 is poor,odd\nx,odd\n")
     lines = run("--evaluate --data texts.csv --output o.csv")[1].split("\n")
     expected = [
-        "data      texts.csv: 1 texts have a second label, too",
+        "data      texts.csv: 1 texts have a second label (kept)",
         "data      15 texts; 49 of training are left out",
         "data      1 texts with unknown labels are left out: odd",
         "test      accuracy",
@@ -1587,6 +1588,7 @@ FAULTS = r"""
 --train --seed 18446744073709551616 | seed is '18446744073709551616'; it must be an integer from 0
 --train --seed 1 x | seed is 'x'; it must be an integer from 0
 --predict x --offline | --predict does not take --offline
+--train --offline --model_size minilm | --offline trains gpt2-nano: leave out --model_size
 --predict x --weights gpt2 --pad_to 9 | --predict does not take --pad_to, --weights
 --predict x --output y | --predict does not take --output
 --predict x --data t.csv | --predict does not take --data
@@ -1626,7 +1628,7 @@ FROM gpt2 --max_length 65 | this model reads at most 64 tokens
 FROM gpt2 --learning_rate nan | learning_rate is 'nan'; it must be a number from 0
 FROM gpt2 --head_learning_rate -1 | head_learning_rate is '-1'; it must be a number from 0
 FROM gpt2 --learning_rate 1e18 | try a smaller learning_rate
-FROM gpt2 --test_data t.csv | (10 of each label are enough; labels: good, poor | text,label\nx,c\n
+FROM gpt2 --test_data t.csv | right label_column? (labels of training: good, poor; 10 texts of each | text,label\nx,c\n
 FROM gpt2 --test_data t.csv | there is no text to test on | text,label\n
 FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | text,kind\nx,c\n
 --predict x --classifier gpt2/model.safetensors | is not a classifier, or of another version
@@ -1634,7 +1636,7 @@ FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | 
 --predict_file t.csv | not one 'text': name yours with --text_column | text,text\nx,y\n
 --predict_file t.csv --text_column a | not one 'a' | text\nx\n
 --evaluate --data no.csv --output texts.csv --classifier no | texts.csv exists, and
---evaluate --data t.csv | labels: good, poor | text,label\nx,c\ny,d\n
+--evaluate --data t.csv | labels of training: good, poor; | text,label\nx,c\ny,d\n
 TRAIN notes | notes is not a table: save it as CSV UTF-8, under a name that ends in .csv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
 TRAIN t.csv | there is no text to test on | text,label\n
@@ -1644,7 +1646,7 @@ TRAIN t.csv | 'text', 'Label', not one 'label': name yours with --label_column |
 TRAIN t.csv | has the columns 'text', 'label', 'label', not one 'label' | text,label,label\nx,a,a\n
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | 1 different labels are too few | text,label\nx,a\ny,a\nz,a\nq,a\nr,a\n
-TRAIN t.csv | labels: a, b, c | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | labels of training: a, b, c; | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --classifier texts.csv | texts.csv exists, and
 TRAIN texts.csv --classifier ./bert/../gpt2/model.safetensors | model.safetensors exists, and
 TRAIN texts.csv --classifier texts.csv/c | texts.csv/c cannot be written
