@@ -32,14 +32,14 @@ The article's seven questions, its answers in short, and the sections that discu
     4. causal mask or none (3)?         No difference: 95.00% with it, 95.33% without.
     5. does size help (1)?              Perhaps, at ten times the cost: 98.33% with GPT-2 XL.
     6. does LoRA help (4)?              As good as training all layers: 96.67% both.
-    7. padding or none (3)?             None: at least as good, 98.33% instead of 95.00%.
+    7. padding or none (3)?             Without padding 98.33%, with it 95.00%, in more time.
 
 Accuracies are the article's, unless they say "measured here". Each comes from one run on 300
 messages, half of them spam (question 3: 10,000 reviews, half of them positive). With 300 messages,
-a difference of about 3 points may be chance. Pretrained GPT-2 was not measured for this file: tests
+a difference of 3.5 points may be chance. Pretrained GPT-2 was not measured for this file: tests
 compare its computation with the formulas and with the transformers library.
 
-Shapes: T tokens, N texts, C channels, H attention heads of D channels, K labels.
+Shapes: T tokens, N texts, Q pooled positions, C channels, H heads of D channels, K labels.
 """
 
 import argparse
@@ -125,10 +125,10 @@ class Attention(nn.Module):
     """Brings information from other tokens to each token (arXiv:1706.03762).
 
     Three linear layers give every token a query (what it looks for), a key (what it has to offer)
-    and a value (the information itself). The dot product q k is a score: the larger it is, the more
-    of the value is taken, softmax(q k^T / sqrt(D)) v. Dividing by sqrt(D) keeps the scores small:
-    softmax of large numbers picks just one token, and passes almost no gradient. H heads do this
-    side by side, with D channels each, so each head can look for something else.
+    and a value (the information itself). Query times key is a score. Softmax turns the scores of a
+    token into weights; the output is the weighted mean of the values. Dividing by sqrt(D) keeps the
+    scores small: softmax of large numbers picks one token, and passes almost no gradient. H heads
+    do this side by side, with D channels each, so each head can look for something else.
     """
 
     def __init__(self, config):
@@ -140,10 +140,10 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(C, C)
         self.c_proj = nn.Linear(C, C)  # combines what the heads found
 
-    def forward(self, x, mask, asking=slice(None)):
-        """x (T, C); mask (T, T) bool: [i, j] is True if token i sees token j -> (T, C). asking: the
-        indices of the tokens that get an output, by default all; section 7 needs fewer."""
-        q = self.split_heads(self.c_q(x[asking]))  # (1, H, T, D)
+    def forward(self, x, mask, positions=slice(None)):
+        """x (T, C); mask (T, T) bool: [i, j] is True if token i sees token j -> (T, C).
+        positions: those that get an output, by default all; section 7 needs fewer."""
+        q = self.split_heads(self.c_q(x[positions]))  # (1, H, T, D)
         k = self.split_heads(self.c_k(x))
         v = self.split_heads(self.c_v(x))
         # The formula, step by step:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         #     scores = scores.masked_fill(~mask, -math.inf)          # softmax turns -inf into 0
         #     y = scores.softmax(dim=3) @ v                          # (1, H, T, D)
         # The fused call computes the same in one go, without keeping the scores in memory:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[asking])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[positions])
         return self.c_proj(y.transpose(1, 2).flatten(2)[0])  # heads side by side again: (T, C)
 
     def split_heads(self, x):
@@ -340,8 +340,8 @@ def build(config, checkpoint=None, generator=None, kind=GPT):
 #     padded to 120, pooled at the last real one         98.33%
 #     no padding, in batches of one text, of eight       98.00%, 98.33%
 #
-# The third and batches of eight compute the same: under the causal mask, the last real token never
-# sees the padding. So padding is wasted work: messages have 31 tokens on average, not 120.
+# The third row and batches of eight compute the same: under the causal mask, the last real token
+# never sees the padding. So it is wasted work: messages have 31 tokens on average, not 120.
 #
 # Packing needs no padding. It lays texts end to end in a row; here, texts of 4, 2 and 3 tokens:
 #
@@ -455,7 +455,7 @@ class Encoder:
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
-        # tiktoken crashes on endless words. No token of GPT-2 has more than 128 characters.
+        # tiktoken crashes on endless words. GPT-2's longest token has 128 characters, so 200 do.
         beginning = text[: 200 * self.max_length]
         ids = self.tokenizer.encode_ordinary(beginning or " ")  # each text needs a token
         self.n_cut += len(ids) > self.max_length or len(beginning) < len(text)
@@ -504,11 +504,11 @@ class Encoder:
 
 class LoRALinear(nn.Linear):
     """A linear layer with LoRA. It is an nn.Linear, so that W keeps its name in a checkpoint. The
-    article multiplies B A by alpha = 16, not by alpha / r; our default multiplies by 64 / 8 = 8."""
+    article (rank 16) multiplies B A by alpha = 16, not by alpha / r; our default is 64 / 8 = 8."""
 
     def __init__(self, linear, rank, alpha, generator):
         super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight = linear.weight  # in place of the one that nn.Linear made, without memory
+        self.weight = linear.weight  # the one that nn.Linear made on "meta" takes no memory
         self.bias = linear.bias
         self.scale = alpha / rank
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
@@ -521,8 +521,9 @@ class LoRALinear(nn.Linear):
 
 
 # How many of the last blocks are trained besides the head ("last_layer": only the head). ln_f is
-# trained with the last block. There are two more choices: "all" weights, and "lora".
+# trained with the last block. "all" and "lora" train something in each block: see below.
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "last_four_blocks": 4}
+TRAINED_BLOCKS |= {"all": 0, "lora": 0}
 
 
 def make_classifier(
@@ -535,7 +536,7 @@ def make_classifier(
     bound = 1 / math.sqrt(C)
     for p in model.head.parameters():  # as nn.Linear draws them, but from our generator
         nn.init.uniform_(p, -bound, bound, generator=generator)
-    n_blocks = TRAINED_BLOCKS.get(trainable_layers, 0)
+    n_blocks = TRAINED_BLOCKS[trainable_layers]
     if n_blocks:
         model.h[-n_blocks:].requires_grad_(True)
         model.ln_f.requires_grad_(True)
@@ -544,7 +545,7 @@ def make_classifier(
             if isinstance(layer, nn.Linear):
                 model.h.set_submodule(name, LoRALinear(layer, lora_rank, lora_alpha, generator))
     for p in model.trained_parameters().values():  # copies, so that the checkpoint stays unchanged
-        p.data = p.data.clone().contiguous()  # clone keeps the layout that .T made in map_gpt2
+        p.data = p.data.clone().contiguous()  # .T in map_gpt2 made a layout that clone keeps
     return model
 
 
@@ -563,9 +564,9 @@ def make_classifier(
 #
 # The head starts at random, and such small steps do not get it far. So it has a learning rate of
 # its own, by default 20 times as large. This matters most if nothing else is trained (question 1):
-# MiniLM's head alone gets 83.1% at 5e-5, and 93.7% at 4e-3 (measured here, means of three seeds).
-# So part of the article's 72.00% may be the learning rate. For the same reason, a small training
-# set gets more than 5 epochs: finetune (section 8) trains for at least 500 steps.
+# on the same messages, MiniLM's head alone gets 83.1% at 5e-5, and 93.7% at 4e-3 (measured here,
+# means of three seeds). So part of the article's 72.00% may be the learning rate. For the same
+# reason, few texts get more than 5 epochs by default: at least 500 steps (finetune, section 8).
 
 
 def fit(
@@ -674,7 +675,7 @@ def calibration_error(probs, correct):
     """(N,) probabilities of N answers, (N,) bool: which are right -> expected calibration error:
     |mean probability - accuracy| in each of ten bins of probability, averaged over the texts."""
     bins = (probs * 10).long().clamp(max=9)
-    gaps = torch.bincount(bins, probs.double() - correct.double())  # summed over the texts of a bin
+    gaps = torch.bincount(bins, probs.double() - correct.double())  # n (mean p - accuracy)
     return gaps.abs().sum().item() / len(probs)
 
 
@@ -733,7 +734,7 @@ def train_classifier(model, training, validation, num_epochs=5, verbose=False, *
 # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster on
 # some processors. But most steps change a weight by less than its eighth digit. So only frozen
 # blocks (with LoRA: the matrices W) are rounded. Trained weights stay float32, and torch.autocast
-# rounds a copy for each product. On a CPU, this only pays if no block is frozen (`all`, `lora`).
+# rounds a copy for each product. On a CPU, autocast pays only with no frozen block (`all`, `lora`).
 
 
 class FastGPT(GPT):
@@ -799,8 +800,8 @@ class FastGPT(GPT):
 
 @torch.no_grad()
 def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
-    """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Examples that
-    have some keep them: the seeds of a run share them."""
+    """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Does
+    nothing if they have some: all seeds of a run share them."""
     if not model.n_frozen or examples[0].features is not None:
         return
     device = model.wpe.weight.device
@@ -840,8 +841,8 @@ def empty_features(shape, dtype, device, feature_cache_gb):
 # ------------------------------------------------------------------------------------------------
 # 8. finetune and Classifier
 #
-# finetune checks what it is given, loads the model and encodes the texts. Then, for each seed: a
-# new head, the frozen blocks once, training, the temperature. The result is a Classifier.
+# finetune checks its arguments, loads the model, encodes the texts and runs the frozen blocks once.
+# Then, for each seed (finetune has one): a new head, training, the temperature -> a Classifier.
 
 
 def finetune(
@@ -898,7 +899,7 @@ def finetune(
     seed: decides the head, the order of the texts, and random weights (123)
     feature_cache_gb: memory for the output of frozen blocks; more goes to a temporary file (4)
     device: cuda, mps or cpu (the best there is)
-    dtype: of training, float32 or bfloat16 (bfloat16 where it is faster)
+    dtype: float32 or bfloat16 (bfloat16 where it is faster; answers on a CPU: float32)
     verbose: print what happens
 
     Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. It neither
@@ -910,13 +911,13 @@ def finetune(
     return classifier
 
 
-# {name: inspect.Parameter}: all options, without texts, labels and validation. The command line has
-# the same, except verbose, with the lines of finetune's docstring as help.
+# {name: inspect.Parameter} of the options. To add one: a parameter above and its docstring line. It
+# is then a flag, too, with that line as help. (verbose has no flag.)
 OPTIONS = dict(list(inspect.signature(finetune).parameters.items())[3:])
 CHOICES = {
     "model_size": SIZES,
     "trainable_token_pos": ("last", "first", "flexible", "mean"),
-    "trainable_layers": (*TRAINED_BLOCKS, "all", "lora"),
+    "trainable_layers": TRAINED_BLOCKS,
     "lr_schedule": ("linear", "constant"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -1004,7 +1005,7 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         own.seed = seed
         model = new_classifier(config, checkpoint, len(classes), own)
         cache_features(model, training + valid, own.feature_cache_gb, own.verbose)
-        # The parameters of fit that are options have the same names.
+        # fit.__kwdefaults__ has the names of fit's parameters after the *. All are options, too.
         settings = {name: getattr(own, name) for name in fit.__kwdefaults__}
         temperature, history = train_classifier(model, training, valid, **settings)
         if own.verbose:
@@ -1013,13 +1014,13 @@ def finetune_seeds(texts, labels, validation, options, seeds):
             for example in training + valid:
                 example.features = None
         if own.device.startswith("cpu") and own.dtype == "bfloat16":
-            own.dtype = "float32"  # the model again, not rounded: all CPUs give the same answers
+            own.dtype = "float32"  # answers must not depend on whether the CPU has bfloat16
             model = new_classifier(config, checkpoint, len(classes), own, model.state_dict())
         yield Classifier(model, encoder, classes, own, known, temperature, history)
 
 
 def new_classifier(config, checkpoint, n_labels, options, trained=None):
-    """A FastGPT with a head: a new one or, with trained weights {name: tensor}, these."""
+    """A FastGPT with a new head. trained: None, or {name: tensor} in place of what is trained."""
     generator = torch.Generator().manual_seed(options.seed)  # draws the head and random weights
     model = build(config, checkpoint, generator, FastGPT)
     layers = options.trainable_layers
@@ -1171,7 +1172,7 @@ def check_texts(texts, labels):
 
 def best_for(device, training=False):
     """(device, dtype): the best there is, or the best dtype for a device; for answers on a CPU
-    always float32, so that all CPUs give the same. Raises Fault."""
+    always float32, whether the CPU has bfloat16 or not. Raises Fault."""
     device = str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"device {device} does not work on this machine"):
         probe = torch.zeros(1, device=device)
@@ -1192,7 +1193,7 @@ class Fault(ValueError):
 
 @contextlib.contextmanager
 def blame(what):
-    """Turns any error in its body into a Fault that says `what` is wrong, with the reason."""
+    """Turns most errors in its body into a Fault that says `what` is wrong, with the reason."""
     try:
         yield
     except (Fault, FileNotFoundError, BrokenPipeError, MemoryError, torch.OutOfMemoryError):
@@ -1215,7 +1216,7 @@ def say(name, *lines, file=None):
 
 
 def progress(items, n_texts, what, verbose):
-    """Yields items, each of len(item) texts, and shows on standard error how many of n_texts are
+    """Yields items, each of len(item) texts, and shows on standard error how much of n_texts is
     done: on a terminal in a line that is rewritten, elsewhere in a line a minute."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     began = time.monotonic()
@@ -1291,7 +1292,7 @@ def check_output(path, may_replace=False):
 
 def is_classifier(path):
     """Whether a file is a classifier, of any version: a zip archive that torch.save wrote, with
-    FORMAT near its beginning."""
+    gpt_classify_ near its beginning."""
     with open(path, "rb") as file:
         beginning = file.read(1000)
     pattern = rb"PK.{,99}/data\.pkl.{,99}gpt_classify_"  # a zip archive, its first file, a pickle
@@ -1307,7 +1308,7 @@ SHA256 = {  # where it is known
     "minilm.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "gpt2-small.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
 }
-# Where models are on the hub, with the revision, so that a later commit there changes nothing here.
+# Where models are on the hub. Those with a revision stay the same; `main` may change.
 HUB = {
     "gpt2-small": "openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "openai-community/gpt2-medium/resolve/main",
@@ -1410,8 +1411,8 @@ COMPUTED = {  # what config.json may say about a model that this file can comput
 
 
 def config_of(checkpoint, bert, settings):
-    """The GPTConfig of a checkpoint: its shapes say the sizes; settings, from config.json, or a
-    published model of these sizes say what no shape shows. Raises ValueError, KeyError."""
+    """The GPTConfig of a checkpoint. Its shapes give the sizes; config.json (settings) gives n_head
+    and eps, or without it the published model of these sizes. Raises ValueError, KeyError."""
     vocab_size, C = checkpoint["wte.weight"].shape
     n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
     if settings is None:
@@ -1739,7 +1740,7 @@ def report(name, probs, label_ids, classes, texts):
     answers = pd.DataFrame({"text": texts, "p": confidence.numpy(), "right": correct.numpy()})
     answers["label"] = [labels[i] for i in label_ids]
     answers["answer"] = [labels[i] for i in predicted]
-    rows = {}  # how many answers can be taken unseen?
+    rows = {}  # how many answers need no check by a person?
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
         sure = answers["p"] >= level
         rows[f"{level:.0%}"] = [sure.mean(), answers["right"][sure].mean()]
@@ -1813,9 +1814,8 @@ def baselines(texts, labels, test_texts):
 
 def verdict(correct, baseline_correct):
     """Compares a classifier with a baseline -> a line. (N,) bool: which texts each classifies
-    correctly. Only the texts count that exactly one of the two gets right. If both were equally
-    good, McNemar's test (1947) would find a difference in about one case of twenty at most (the 5%
-    level)."""
+    correctly. McNemar's test (1947) counts the texts that only one of the two gets right. If both
+    are equally good, it reports a difference in at most about one case of twenty (5% level)."""
     ours = (correct & ~baseline_correct).sum().item()
     theirs = (baseline_correct & ~correct).sum().item()
     word = "not distinguishable from"
@@ -1872,11 +1872,10 @@ def train(
             name = "test" if len(seeds) == 1 else f"seed {seeds[len(runs)]}"
             if not runs:
                 finetuned.save(classifier)  # of several seeds, the first
-                saved = finetuned
             file = None if runs else answers_file
             label_ids, predicted = test_on(test, finetuned, name, file)
             runs.append(predicted)
-        K = len(saved.classes_)
+        K = len(finetuned.classes_)
         accuracies = (torch.stack(runs) == label_ids).double().mean(1)
         if len(seeds) > 1:
             spread = f"standard deviation over the seeds {accuracies.std():.2%}"
