@@ -651,6 +651,18 @@ def test_defaults_differ_by_model_and_few_texts_get_500_steps():
         assert vars(options) == vars(options) | given | CPU
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_cpu_trains_in_bfloat16_where_that_is_fast_and_always_answers_in_float32(
+    monkeypatch, has_bfloat16
+):
+    features = {"avx512_bf16": has_bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    options = g.check_options({"device": "cpu"})
+    g.complete_options(options, g.SIZES["gpt2-small"], 10)
+    assert options.dtype == ("bfloat16" if has_bfloat16 else "float32")
+    assert g.best_for("cpu") == ("cpu", "float32")
+
+
 WRONG_VALUES = """
 num_epochs: 0, 2.5, "2.5", -1, [3], "x"
 batch_size: 0, None, math.inf
