@@ -1560,9 +1560,10 @@ def test_evaluation_leaves_out_texts_of_training_and_knows_the_commonest_label(t
     for line, start in zip([*lines[:4], *lines[-3:]], expected):
         assert line.startswith(start)
     assert len(pd.read_csv("o.csv")) == 14
-    g.finetune(TEXTS, [1, 2, 3] * 20, **NANO).save("integers")
-    write_texts("t.csv", "9 1 x y|9 2 x z")
-    assert ", 18 texts)" in run("--evaluate --data t.csv --classifier integers")[1]
+    for labels, table in (([1, 2, 3], "9 1 x y|9 2 x z"), (["a ", " b", "c"], "9 a x y|9 b x z")):
+        g.finetune(TEXTS, labels * 20, **NANO).save("classifier.pt")
+        write_texts("t.csv", table)
+        assert ", 18 texts)" in run("--evaluate --data t.csv")[1]
 
 
 def test_terminal_escapes_reach_no_terminal(run, monkeypatch):
