@@ -300,12 +300,12 @@ def draw_weights(model, generator):
     return checkpoint
 
 
-def build(config, checkpoint=None, generator=None, kind=GPT):
+def build(config, checkpoint=None, generator=None, model_class=GPT):
     """A GPT with the tensors of a checkpoint {name: tensor}, or with random weights (None). It
-    shares float32 tensors with the checkpoint, without a copy. kind: GPT, or FastGPT of section 7.
-    Raises KeyError or RuntimeError if the checkpoint does not fit."""
+    shares float32 tensors with the checkpoint, without a copy. model_class: GPT, or FastGPT of
+    section 7. Raises KeyError or RuntimeError if the checkpoint does not fit."""
     with torch.device("meta"):  # shapes without memory
-        model = kind(config)
+        model = model_class(config)
     if checkpoint is None:
         checkpoint = draw_weights(model, generator)
     tensors = {name: checkpoint[name].float() for name in model.state_dict()}
@@ -521,7 +521,7 @@ class LoRALinear(nn.Linear):
 
 
 # How many of the last blocks are trained besides the head ("last_layer": only the head). ln_f is
-# trained with the last block. "all" and "lora" train something in each block: see below.
+# trained with the last block. "all" and "lora" do not go by a number of blocks: see below.
 TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "last_four_blocks": 4}
 TRAINED_BLOCKS |= {"all": 0, "lora": 0}
 
@@ -800,8 +800,8 @@ class FastGPT(GPT):
 
 @torch.no_grad()
 def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
-    """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Does
-    nothing if they have some: all seeds of a run share them."""
+    """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Does nothing
+    if they have some: all seeds of a run share them."""
     if not model.n_frozen or examples[0].features is not None:
         return
     device = model.wpe.weight.device
@@ -986,37 +986,39 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     classes = sorted(set(labels))
     if len(classes) < 2:
         raise Fault(f"{len(classes)} different labels are too few: are these the right labels?")
-    numbers = {label: i for i, label in enumerate(classes)}
+    id_of = {label: i for i, label in enumerate(classes)}
     with blame("validation must be a pair: texts, and labels that are in training, too"):
         valid_texts, valid_labels = validation or ([], [])
         valid_texts, valid_labels = check_texts(valid_texts, valid_labels)
-        valid_ids = [numbers[label] for label in valid_labels]
+        valid_ids = [id_of[label] for label in valid_labels]
     causal = not options.disable_causal_mask
     config, checkpoint, vocabulary = load_pretrained(options.model_size, options.weights, causal)
     complete_options(options, config, len(texts))
     encoder = new_encoder(config, vocabulary, options)
-    training = encoder.examples(texts, [numbers[label] for label in labels])
+    training = encoder.examples(texts, [id_of[label] for label in labels])
     valid = encoder.examples(valid_texts, valid_ids)
     if encoder.n_cut and options.verbose:
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
     known = [fingerprint(text) for text in texts + valid_texts]
     for seed in seeds:
-        own = copy.copy(options)
-        own.seed = seed
-        model = new_classifier(config, checkpoint, len(classes), own)
-        cache_features(model, training + valid, own.feature_cache_gb, own.verbose)
+        seed_options = copy.copy(options)
+        seed_options.seed = seed
+        model = new_classifier(config, checkpoint, len(classes), seed_options)
+        cache_features(model, training + valid, options.feature_cache_gb, options.verbose)
         # fit.__kwdefaults__ has the names of fit's parameters after the *. All are options, too.
-        settings = {name: getattr(own, name) for name in fit.__kwdefaults__}
+        settings = {name: getattr(seed_options, name) for name in fit.__kwdefaults__}
         temperature, history = train_classifier(model, training, valid, **settings)
-        if own.verbose:
+        if options.verbose:
             say("", f"temperature {temperature:.2f}, from {len(valid):,} validation texts")
-        if own.weights == "random":  # the next seed draws others
+        if options.weights == "random":  # the next seed draws others
             for example in training + valid:
                 example.features = None
-        if own.device.startswith("cpu") and own.dtype == "bfloat16":
-            own.dtype = "float32"  # answers must not depend on whether the CPU has bfloat16
-            model = new_classifier(config, checkpoint, len(classes), own, model.state_dict())
-        yield Classifier(model, encoder, classes, own, known, temperature, history)
+        if seed_options.device.startswith("cpu") and seed_options.dtype == "bfloat16":
+            # Answers must not depend on whether the CPU has bfloat16: the model again, not rounded.
+            seed_options.dtype = "float32"
+            trained = model.state_dict()
+            model = new_classifier(config, checkpoint, len(classes), seed_options, trained)
+        yield Classifier(model, encoder, classes, seed_options, known, temperature, history)
 
 
 def new_classifier(config, checkpoint, n_labels, options, trained=None):
@@ -1044,9 +1046,8 @@ FORMAT = "gpt_classify_5"  # of classifier files; the number changes with their 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Classifier:
-    """A finetuned classifier: finetune returns it, `load` reads it. predict,
-    predict_proba and classes_ are like scikit-learn's
-    (https://scikit-learn.org/stable/developers/develop.html)."""
+    """A finetuned classifier: finetune returns it, `load` reads it. predict, predict_proba and
+    classes_ are like scikit-learn's (https://scikit-learn.org/stable/developers/develop.html)."""
 
     model: FastGPT
     encoder: Encoder
@@ -1185,6 +1186,9 @@ def best_for(device, training=False):
 
 # ------------------------------------------------------------------------------------------------
 # 9. Messages, files, downloads, tokenizers
+#
+# What surrounds the model: how errors and progress are shown; how files are read, written and
+# downloaded; how published weights become a checkpoint, and a text becomes tokens.
 
 
 class Fault(ValueError):
@@ -1522,14 +1526,14 @@ class WordPiece:
 
     def separate(self, character):
         """What replaces a character. The text is then split at spaces."""
-        kind = unicodedata.category(character)
-        if character in "\t\n\r" or kind == "Zs":
+        category = unicodedata.category(character)
+        if character in "\t\n\r" or category == "Zs":
             return " "
-        if kind[0] == "C" or character == "\ufffd":  # control characters
+        if category[0] == "C" or character == "\ufffd":  # control characters
             return ""
-        if kind == "Mn" and not self.cased:  # accents
+        if category == "Mn" and not self.cased:  # accents
             return ""
-        if kind[0] == "P" or re.match(self.ALONE, character):
+        if category[0] == "P" or re.match(self.ALONE, character):
             return f" {character} "  # a word of its own
         return character
 
@@ -1575,14 +1579,14 @@ SMS_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip
 def read_table(path, **columns):
     """A csv or tsv file in UTF-8 -> DataFrame of strings, with all its columns. columns: {flag: a
     column that it must have}. Raises FileNotFoundError, Fault."""
-    kind = Path(path).suffix.lower()
-    if kind not in (".csv", ".tsv"):
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".tsv"):
         raise Fault(f"{path} is not a table: save it as CSV UTF-8, under a name that ends in .csv")
     fault = f"{path}: save it as CSV UTF-8, with quotes around texts that hold its separator"
     with open(path, encoding="utf-8-sig", newline="") as file, blame(fault):
         header = file.readline()  # in much of Europe, Excel separates by semicolons
         file.seek(0)
-        separators = "\t" if kind == ".tsv" else ",;"
+        separators = "\t" if suffix == ".tsv" else ",;"
         cells = pd.read_csv(
             file,
             sep=max(separators, key=header.count),
@@ -1694,6 +1698,8 @@ def known_labels(frame, known):
 
 # ------------------------------------------------------------------------------------------------
 # 11. Reports, baselines, verdict
+#
+# Where is a classifier right, by label and by probability? Do simple methods do as well?
 
 
 def wilson_interval(accuracy, n):
@@ -1826,6 +1832,9 @@ def verdict(correct, baseline_correct):
 
 # ------------------------------------------------------------------------------------------------
 # 12. Commands and the command line
+#
+# Each command is a function. The parameters in its signature are the flags that it takes; **options
+# stands for the options of finetune, **running for device and dtype.
 
 
 def train(
@@ -1897,8 +1906,8 @@ def train(
 def test_on(frame, classifier, name, file):
     """Predicts a DataFrame of text and label, reports, and writes the answers to a file, if there
     is one -> (N,) true and predicted label ids."""
-    numbers = {str(label).strip(): i for i, label in enumerate(classifier.classes_)}
-    label_ids = torch.tensor(frame["label"].map(numbers).tolist())
+    id_of = {str(label).strip(): i for i, label in enumerate(classifier.classes_)}
+    label_ids = torch.tensor(frame["label"].map(id_of).tolist())
     probs = classifier.predict_proba(frame["text"], verbose=True)
     if file:
         write_rows(file, add_answers(frame[["text", "label"]], classifier, probs))

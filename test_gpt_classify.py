@@ -184,7 +184,7 @@ def random_texts(n, seed=1, poolings=False):
 
 def tiny_model(name="gpt2", causal=True, kind=g.GPT):
     """The model of a folder that the fixture `here` made."""
-    return g.build(*g.load_pretrained(None, name, causal)[:2], kind=kind)
+    return g.build(*g.load_pretrained(None, name, causal)[:2], model_class=kind)
 
 
 def tiny_classifier(trainable_layers="last_block", name="gpt2", kind=g.FastGPT, **how):
