@@ -973,7 +973,8 @@ def finetune_seeds(texts, labels, validation, options, seeds):
         if seed_options.device.startswith("cpu") and seed_options.dtype == "bfloat16":
             # Answers must not depend on whether the CPU has bfloat16: the model again, not rounded.
             seed_options.dtype = "float32"
-            trained = model.state_dict()
+            trained = model.trained_parameters()
+            del model  # two would take much memory
             model = new_classifier(config, checkpoint, len(classes), seed_options, trained)
         yield Classifier(model, encoder, classes, seed_options, hashes, temperature, history)
 
