@@ -447,7 +447,7 @@ class Encoder:
         """Lists of N texts and of N label ids (None: not known) -> a list of N Examples.
         <|endoftext|> in a text is plain text."""
         label_ids = label_ids or [-1] * len(texts)
-        return [self.example(*pair) for pair in zip(texts, label_ids)]
+        return list(map(self.example, texts, label_ids))
 
     def example(self, text, label_id):
         """Encodes, cuts or pads one text, and decides what is pooled."""
@@ -455,8 +455,8 @@ class Encoder:
         # each token are enough.
         beginning = text[: 200 * self.max_length]
         ids = self.tokenizer.encode_ordinary(beginning or " ")  # each text needs a token
-        self.n_cut += len(ids) > self.max_length
         if len(ids) > self.max_length:
+            self.n_cut += 1
             end = ids[-1:] if self.config.bert else []  # [SEP] stays
             ids = ids[: self.max_length - len(end)] + end
         n_real = len(ids)
@@ -1069,8 +1069,9 @@ class Classifier:
                 raise ValueError("this tool did not write it")
             with open(path, "rb") as file:
                 saved = torch.load(file, "cpu", weights_only=True)[FORMAT]
-            running = {"device": device, "dtype": dtype}
-            options = argparse.Namespace(**saved.pop("options") | running)
+            options = argparse.Namespace(
+                **saved.pop("options") | {"device": device, "dtype": dtype}
+            )
             config = GPTConfig(**saved.pop("config"))
             encoder = new_encoder(config, saved.pop("vocabulary"), options)
             weights = saved.pop("weights")
@@ -1244,9 +1245,8 @@ def check_output(path, may_replace=False):
 def is_classifier(path):
     """Whether a file is a classifier, of any version: a zip archive whose first file is a pickle
     that begins with gpt_classify_."""
-    pattern = rb"(?s)PK.{,99}/data\.pkl.{,99}gpt_classify_"
     with open(path, "rb") as file:
-        return bool(re.match(pattern, file.read(1000)))
+        return bool(re.match(rb"(?s)PK.{,99}/data\.pkl.{,99}gpt_classify_", file.read(1000)))
 
 
 # Downloads. The variable TORCH_HOME moves their folder, HF_ENDPOINT names another hub.
@@ -1282,8 +1282,7 @@ def download(url, name):
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 unfinished = Path(folder, path.name)
                 sha256 = SHA256.get(name)
-                bar = os.isatty(2)
-                torch.hub.download_url_to_file(url, str(unfinished), sha256, progress=bar)
+                torch.hub.download_url_to_file(url, str(unfinished), sha256, os.isatty(2))
                 if sha256 is None:
                     read_safetensors(unfinished)
                 unfinished.replace(path)
@@ -1363,8 +1362,7 @@ def load_pretrained(model_size, weights="pretrained", causal=True):
             tensors = read_safetensors(path)
             checkpoint = map_bert(tensors) if config.bert else map_gpt2(tensors)
             # In another language, the vocabulary has another size.
-            vocab_size = len(checkpoint["wte.weight"])
-            config = dataclasses.replace(config, vocab_size=vocab_size)
+            config = dataclasses.replace(config, vocab_size=len(checkpoint["wte.weight"]))
             build(config, checkpoint)  # raises an error if a tensor is missing or has another shape
             if config.bert and vocabulary_path.exists():
                 vocabulary = read_lines(vocabulary_path)
@@ -1511,8 +1509,7 @@ def read_sms(data):
         file = data
         if data == "sms":
             file = zipfile.Path(download(SMS_URL, "sms/sms.zip"), "SMSSpamCollection").open("rb")
-        names = ["label", "text"]
-        return pd.read_csv(file, sep="\t", header=None, names=names, dtype=str).fillna("")
+        return pd.read_csv(file, sep="\t", names=["label", "text"], dtype=str).dropna()
 
 
 def read_data(data, text_column="text", label_column="label", to_train=False):
@@ -1545,7 +1542,8 @@ def split_data(frame, data, test=None):
     if Path(data).name in SMS and test is None:  # as the article does it
         spam = frame[frame["label"] == "spam"]
         ham = frame[frame["label"] == "ham"]
-        frame = pd.concat([ham.sample(len(spam), random_state=123), spam])
+        ham = ham.sample(min(len(ham), len(spam)), random_state=123)
+        frame = pd.concat([ham, spam])
         for _ in range(2):  # it shuffles twice
             frame = frame.sample(frac=1, random_state=123)
         n = int(len(frame) * 0.7)
@@ -1619,8 +1617,7 @@ def report(frame, classifier, file=None):
     correct = predicted == label_ids
     loss = F.nll_loss(probs.clamp_min(1e-30).log(), label_ids)
     error = calibration_error(confidence, correct)
-    line = summary(predicted, label_ids)
-    say("test", f"{line}, loss {loss:.3f}, calibration error {error:.1%}")
+    say("test", f"{summary(predicted, label_ids)}, loss {loss:.3f}, calibration error {error:.1%}")
 
     shares = torch.stack(precision_recall_f1(predicted, label_ids, K), dim=1).numpy()  # (K, 3)
     table = pd.DataFrame(shares, labels, ["precision", "recall", "F1"])
@@ -1732,7 +1729,7 @@ def train(
     seed=(123,),
     **options,
 ):
-    """--train: finetunes with each seed, saves the first, reports, compares with baselines.
+    """--train: finetunes with each seed, reports, saves the first, compares with baselines.
 
     offline: a flag: no download, but a tiny model and texts of this machine
     article: a flag: the article's settings, for its experiments (see README)
@@ -1761,10 +1758,10 @@ def train(
         # an accuracy measures luck in the choice of the test texts.
         runs = []
         for finetuned in finetune_seeds(texts, labels, validation, options, seeds):
-            if not runs:
-                finetuned.save(classifier)  # of several seeds, the first
             file = None if runs else answers_file
             label_ids, predicted = report(test, finetuned, file)
+            if not runs:
+                finetuned.save(classifier)  # of several seeds, the first
             runs.append(predicted)
         accuracies = (torch.stack(runs) == label_ids).double().mean(1)
         if len(seeds) > 1:
@@ -1917,7 +1914,9 @@ def main(argv):
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
             signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     socket.setdefaulttimeout(30)  # seconds that a server may be silent
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
+    for name in ("stdin", "stdout", "stderr"):  # None: it is closed
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         run(argv)
@@ -1928,7 +1927,9 @@ def main(argv):
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (Fault, OSError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise  # a bug: show the traceback
         print("error:", printable(error) or "out of memory", file=sys.stderr)
         return 2
 
