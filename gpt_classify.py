@@ -1116,8 +1116,10 @@ def check_texts(texts, labels):
         kind = type(label)
         bad = kind not in (str, int, bool) or kind is not type(labels[0]) or not str(label).strip()
         if bad or not text:
-            found = f"there is {text!r:.50} with the label {label!r:.50}"
-            raise Fault(f"{found}: drop what is missing; make labels all strings, or all integers")
+            raise Fault(
+                f"there is {text!r:.50} with the label {label!r:.50}: drop what is missing; make "
+                "labels all strings, or all integers"
+            )
     return texts, labels
 
 
@@ -1406,8 +1408,10 @@ class WordPiece:
         self.cased = any(token != token.lower() for token in vocabulary if token[:1] != "[")
         special = {"[CLS]", "[SEP]", "[UNK]"}
         if len(vocabulary) != vocab_size or not special <= self.ids.keys():
-            wanted = f"that of a BERT model with {vocab_size:,} tokens"
-            raise Fault(f"the vocabulary is not {wanted}: put vocab.txt beside the weights")
+            raise Fault(
+                f"the vocabulary is not that of a BERT model with {vocab_size:,} tokens: put "
+                "vocab.txt beside the weights"
+            )
 
     def separate(self, character):
         """What replaces a character. The text is then split at spaces."""
@@ -1484,8 +1488,10 @@ def read_table(path, **columns):
     table = cells[1:].set_axis(cells.iloc[0].tolist(), axis=1)
     for flag, name in columns.items():
         if list(table).count(name) != 1:
-            names = f"{path} has the columns {list(table)!s:.300}, not one {name!r}"
-            raise Fault(f"{names}: name yours with --{flag} (the first line must hold the names)")
+            raise Fault(
+                f"{path} has the columns {list(table)!s:.300}, not one {name!r}: name yours with "
+                f"--{flag} (the first line must hold the names)"
+            )
     return table
 
 
@@ -1569,8 +1575,10 @@ def known_labels(frame, known):
         unknown = sorted(set(frame["label"][~is_known]))
         say("data", f"{(~is_known).sum():,} texts with unknown labels left out: {unknown!s:.200}")
     if not is_known.any():
-        wanted = f"labels of training: {list(known)!s:.200}; 10 texts of each are enough"
-        raise Fault(f"there is no text to test on: is it the right label_column? ({wanted})")
+        raise Fault(
+            "there is no text to test on: are there too few of each label (10 are enough), were all "
+            f"used in training, or is it another label_column? Known labels: {list(known)!s:.200}"
+        )
     return frame[is_known]
 
 
@@ -1769,8 +1777,8 @@ def train(
             say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}; now about {seeds[0]}:")
         predicted = runs[0]
         seen = torch.tensor(test["text"].isin([*texts, *validation[0]]).tolist())
-        if seen.any() and not seen.all():
-            line = summary(predicted[~seen], label_ids[~seen])
+        if seen.any():
+            line = "none is left" if seen.all() else summary(predicted[~seen], label_ids[~seen])
             say("new texts", f"without {seen.sum():,} test texts known from training: {line}")
         for name, answers in baselines(texts, labels, test["text"].tolist()).items():
             say("baseline", f"{name}: {summary(answers, label_ids)}")
@@ -1861,7 +1869,7 @@ def make_parser():
 
     parser.error = error
     switch = {"action": "store_true"}
-    group = parser.add_argument_group("actions").add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("actions").add_mutually_exclusive_group()
     add = group.add_argument
     add("--train", **switch, help="finetune, report, save")
     add("--predict", nargs="*", metavar="TEXT", help="classify texts or lines of standard input")
@@ -1883,7 +1891,10 @@ def run(argv):
     """Calls the function of one action with the flags. Raises Fault."""
     given = vars(make_parser().parse_args(argv))
     actions = (train, predict, predict_file, evaluate)
-    [function] = [action for action in actions if action.__name__ in given]
+    found = [action for action in actions if action.__name__ in given]
+    if not found:
+        raise Fault("name an action: --train, --predict, --predict_file or --evaluate (see --help)")
+    [function] = found
     value = given.pop(function.__name__)
     more = [*OPTIONS, *RECIPES] if function is train else ["device", "dtype"]
     odd = given.keys() - {*inspect.signature(function).parameters, *more}

@@ -1194,6 +1194,8 @@ def test_each_part_of_the_texts_is_used_for_what_it_is_for(run, stub, monkeypatc
     assert (table["predicted_label"] == table["label"]).all()
     assert set(table["probability"]) == {"0.9000", "0.8000"}
     assert Path("classifier.pt").read_text() == "of seed 123"
+    line = "\nnew texts without 40 test texts known from training: none is left\n"
+    assert line in run("--train --data t.csv --test_data t.csv --classifier c")[1]
 
 
 def test_every_line_about_five_labels_a_test_file_and_two_seeds(run, stub):
@@ -1240,7 +1242,8 @@ saved     classifier.pt (seed 123), 0 s in all
 """
     )
     assert Path("classifier.pt").read_text() == "of seed 123"
-    assert (stub[0][4], len(pd.read_csv("o.csv"))) == ([123, 7], 37)
+    answers = pd.read_csv("o.csv")["predicted_label"]  # those of seed 123
+    assert (stub[0][4], answers.nunique(), len(answers)) == ([123, 7], 4, 37)
 
 
 def test_outputs_are_checked_before_anything_is_read_or_trained(run, stub):
@@ -1417,8 +1420,9 @@ def test_flags_become_arguments_and_win_over_recipes(monkeypatch):
 
 # Flags, what the error says, and what the file t.csv contains or which model is written.
 FAULTS = r"""
-| one of the arguments --train --predict
---train --trian | unrecognized arguments: --trian
+| name an action: --train
+--train --predict x | not allowed with argument --train
+--trian --data t.csv | unrecognized arguments: --trian
 --train --data texts.csv | could not download http://127.0.0.1:9/openai-community/gpt2/resolve/607
 --train --model_size gpt3 | model_size cannot be 'gpt3' (model_size: gpt2-nano, -small, -medium
 --train --seed 18446744073709551616 | seed cannot be '18446744073709551616' (seed: decides the head
@@ -1447,14 +1451,14 @@ FROM gpt2 --pad_to 1025 | this model reads at most 1,024 tokens
 FROM gpt2 --learning_rate 1e15 | try a smaller learning_rate
 FROM gpt2 --batch_size 99 --num_epochs 1 --learning_rate 1e15 | logits are not finite numbers: train
 FROM gpt2 --trainable_layers lora --lora_rank 100000000000 | allocate memory
-FROM gpt2 --test_data t.csv | label_column? (labels of training: ['good', 'poor']; | text,label\nx,c\n
+FROM gpt2 --test_data t.csv | Known labels: ['good', 'poor'] | text,label\nx,c\n
 FROM gpt2 --test_data t.csv | has the columns ['text', 'kind'], not one 'label' | text,kind\nx,c\n
 --predict x --classifier gpt2/model.safetensors | is not a classifier, or of another version
 --predict_file no.csv --output texts.csv | texts.csv exists, and
 --predict_file t.csv | not one 'text': name yours with --text_column | text,text\nx,y\n
 --predict_file t.csv --text_column a | not one 'a' | text\nx\n
 --evaluate --data no.csv --output texts.csv --classifier no | texts.csv exists, and
---evaluate --data t.csv | labels of training: ['good', 'poor']; | text,label\nx,c\ny,d\n
+--evaluate --data t.csv | another label_column? Known labels: ['good', 'poor'] | text,label\nx,c\ny,d\n
 TRAIN notes | notes is not a table: save it as CSV UTF-8, under a name that ends in .csv
 TRAIN t.csv | t.csv: save it as CSV UTF-8 |
 TRAIN t.csv | t.csv: save it as CSV UTF-8, with | text,label\n\xe9,a\n
@@ -1462,7 +1466,7 @@ TRAIN t.csv | ['message', 'kind'], not one 'text': name yours with --text_column
 TRAIN t.csv | ['text', 'Label'], not one 'label': name yours with --label_column | text,Label\nx,a\n
 TRAIN t.csv | has the columns ['text', 'label', 'label'], not one 'label' | text,label,label\nx,a,a\n
 TRAIN t.csv | 1 different labels are too few | text,label\nx,a\ny,a\nz,a\nq,a\nr,a\n
-TRAIN t.csv | labels of training: ['a', 'b', 'c']; | text,label\nx,a\ny,b\nz,c\n
+TRAIN t.csv | Known labels: ['a', 'b', 'c'] | text,label\nx,a\ny,b\nz,c\n
 TRAIN texts.csv --classifier texts.csv | texts.csv exists, and
 TRAIN texts.csv --classifier ./bert/../gpt2/model.safetensors | model.safetensors exists, and
 TRAIN texts.csv --classifier texts.csv/c | texts.csv/c cannot be written
