@@ -202,6 +202,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass  # no random numbers here: build (section 2) fills in the weights
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019), or BERT.
 
@@ -215,9 +220,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         C = config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, C)  # word token embedding
+        self.wte = Embedding(config.vocab_size, C)  # word token embedding
         # Attention alone has no notion of order. So each position has a vector, too.
-        self.wpe = nn.Embedding(config.block_size, C)
+        self.wpe = Embedding(config.block_size, C)
         self.ln_e = config.layer_norm() if config.bert else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.Identity() if config.bert else config.layer_norm()  # the final one
@@ -836,9 +841,10 @@ def finetune(
 ):
     """Finetunes a model on all N texts and their labels, and returns a Classifier.
 
-    texts: strings, in a list, a Series or the like
-    labels: as many strings, or as many integers
-    validation: a pair (texts, labels), to measure each epoch and to fit the temperature
+    texts are strings, in a list, a Series or the like; labels are as many strings or integers.
+    validation is a pair (texts, labels), to measure each epoch and to fit the temperature. With
+    verbose, it prints what happens. The other arguments are flags of the command line, too:
+
     model_size: gpt2-nano, -small, -medium, -large, -xl, bert-base, -large, minilm (gpt2-small)
     weights: pretrained, random, or a file or folder with this model_size (pretrained; nano: random)
     disable_causal_mask: every token sees every other
@@ -859,7 +865,6 @@ def finetune(
     seed: decides the head, the order of the texts, and random weights (123)
     device: cuda, mps or cpu (the best there is)
     dtype: float32 or bfloat16 (bfloat16 where it is faster; answers on a CPU: float32)
-    verbose: print what happens
 
     Raises Fault, which is a ValueError, if a value is wrong, and FileNotFoundError. It neither
     reads nor changes the random state of the process."""
@@ -905,7 +910,7 @@ def check_option(name, value):
             valid = found == float(value) and least <= found < 2**53
         if valid:
             return found
-    raise Fault(f"{name} cannot be {value!r:.50} ({name}: {help_lines(finetune)[name]})")
+    raise Fault(f"{name} cannot be {value!r:.50} ({name}: {help_lines(finetune).get(name)})")
 
 
 def check_options(given):
@@ -1576,8 +1581,8 @@ def known_labels(frame, known):
         say("data", f"{(~is_known).sum():,} texts with unknown labels left out: {unknown!s:.200}")
     if not is_known.any():
         raise Fault(
-            "there is no text to test on: are there too few of each label (10 are enough), were all "
-            f"used in training, or is it another label_column? Known labels: {list(known)!s:.200}"
+            "there is no text to test on: are there too few of each label (10 are enough), were "
+            f"all used in training, or is label_column wrong? Known labels: {list(known)!s:.200}"
         )
     return frame[is_known]
 
@@ -1882,8 +1887,7 @@ def make_parser():
             how["nargs"] = "+"
         if name in (*RECIPES, "disable_causal_mask"):
             how = switch
-        if name not in ("texts", "labels", "validation", "verbose"):
-            add(f"--{name}", **how, help=help)
+        add(f"--{name}", **how, help=help)
     return parser
 
 
