@@ -772,9 +772,8 @@ class FastGPT(GPT):
     def frozen_features(self, packed):
         """PackedTexts -> the output of the frozen blocks: (T, C), or (N, C) if all are frozen. With
         no frozen block, this is the embedding, which may be trained."""
-        n_frozen = self.n_frozen
-        x = self.embed(packed).to(self.dtype if n_frozen else torch.float32)
-        return self.run_blocks(self.h[:n_frozen], x, packed)
+        x = self.embed(packed).to(self.dtype if self.n_frozen else torch.float32)
+        return self.run_blocks(self.h[: self.n_frozen], x, packed)
 
     def forward(self, packed):
         """PackedTexts -> logits (N, K)."""
@@ -1852,6 +1851,7 @@ RECIPES = {  # what --article and --offline stand for
         "model_size": "gpt2-nano",
         "trainable_layers": "all",
         "trainable_token_pos": "mean",
+        "dtype": "float32",
         "num_epochs": 3,
         "learning_rate": 1e-3,
         "head_learning_rate": 1e-3,

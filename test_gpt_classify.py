@@ -1392,7 +1392,8 @@ def test_what_is_printed_holds_no_terminal_escapes(run):
 PARSED = """
 --train                        | train [] {}
 --train --seed 1 2 --data d    | train [] {'data': 'd', 'seed': ['1', '2']}
---train --offline --num_epochs 9 | train [] {'data': 'stdlib', 'head_learning_rate': 0.001, \
+--train --offline --num_epochs 9 | train [] {'data': 'stdlib', 'dtype': 'float32', \
+'head_learning_rate': 0.001, \
 'learning_rate': 0.001, 'model_size': 'gpt2-nano', 'num_epochs': '9', 'trainable_layers': 'all', \
 'trainable_token_pos': 'mean'}
 --train --article --pad_to 0   | train [] {'dtype': 'float32', 'grad_clip': 0, \
