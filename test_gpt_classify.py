@@ -1284,8 +1284,10 @@ def test_an_interrupted_run_ends_in_one_line_leaves_nothing_and_replaces_nothing
     torch.save({g.FORMAT: {}}, "old")
     before = Path("old").read_bytes()
     flags = f"--train --data long.csv --model_size gpt2-nano --classifier old --output o {HERE}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*PROGRAM.split(), *flags.split()], **pipes)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Under nohup, or in the background, the tests themselves may run with ignored signals.
+    how["preexec_fn"] = lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)
+    process = subprocess.Popen([*PROGRAM.split(), *flags.split()], **how)
     assert any(line.startswith("epoch ") for line in process.stdout)
     assert len([*here.glob(".gpt_classify-*")]) == 1
     process.send_signal(getattr(signal, name))
