@@ -5,8 +5,7 @@
 
 Nothing here needs the network. Tests with `real` in their names need real files, and skip where
 these are missing: GPT-2's vocabulary, the SMS Spam Collection, MiniLM. They are found in the folder
-of downloads, or in the folder that GPT_CLASSIFY_DATA names. Others skip without transformers or
-scikit-learn.
+of downloads, or in the folder that GPT_CLASSIFY_DATA names. Others skip without transformers.
 """
 
 import copy
