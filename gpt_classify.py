@@ -203,8 +203,11 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
+    """Draws no random numbers, for which torch would import its compiler, a second: build (section
+    2) fills in the weights."""
+
     def reset_parameters(self):
-        pass  # no random numbers here: build (section 2) fills in the weights
+        pass
 
 
 class GPT(nn.Module):
@@ -212,8 +215,7 @@ class GPT(nn.Module):
 
     Its input is a PackedTexts (section 3): the ids of tokens, their positions in their texts, a
     mask that says which token sees which, and the pooled positions: the head gets their hidden
-    states.
-    As in the article, there is no dropout, so the same input always gives the same output.
+    states. As in the article, there is no dropout: the same input always gives the same output.
     """
 
     def __init__(self, config):
@@ -251,8 +253,7 @@ class GPT(nn.Module):
 #
 # Our names are those of the published file (Hugging Face's), except for c_attn. The file's matrices
 # are transposed: they are meant for x W with W (in, out), but nn.Linear computes x W^T with W (out,
-# in).
-# Here is GPT-2 small; i is the number of a block, 0 to 11:
+# in). Here is GPT-2 small; i is the number of a block, 0 to 11:
 #
 #     name there               shape there     here
 #     wte.weight               (50257, 768)    the same
@@ -737,7 +738,7 @@ class FastGPT(GPT):
     """A GPT that gives the same logits and gradients (in bfloat16, nearly the same) with less
     work."""
 
-    dtype = torch.float32  # of the frozen blocks
+    dtype = torch.float32  # bfloat16: frozen blocks are rounded, the others may use autocast
 
     @property
     def n_frozen(self):
@@ -781,10 +782,9 @@ class FastGPT(GPT):
             features = self.frozen_features(packed)
         else:
             features = torch.cat([e.features for e in packed.examples]).to(packed.ids.device)
-        n_frozen = self.n_frozen
-        autocast = self.dtype == torch.bfloat16 and (features.is_cuda or n_frozen == 0)
+        autocast = self.dtype == torch.bfloat16 and (features.is_cuda or self.n_frozen == 0)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=autocast):
-            x = self.run_blocks(self.h[n_frozen:], features.float(), packed)  # (N, C)
+            x = self.run_blocks(self.h[self.n_frozen :], features.float(), packed)  # (N, C)
             return self.head(x).float()
 
 
@@ -795,10 +795,10 @@ def cache_features(model, examples, verbose=False):
     if not model.n_frozen or examples[0].features is not None:
         return
     what = f"{model.n_frozen} frozen blocks, which run once"
+    all_frozen = model.n_frozen == len(model.h)
     rows = pack(examples, model.wpe.weight.device)
     for packed in progress(rows, len(examples), what, verbose):
         features = model.frozen_features(packed).cpu()
-        all_frozen = model.n_frozen == len(model.h)
         lengths = [1 if all_frozen else len(e.ids) for e in packed.examples]
         for example, part in zip(packed.examples, features.split(lengths)):
             example.features = part
@@ -1537,7 +1537,7 @@ def read_data(data, text_column="text", label_column="label", to_train=False):
     labels = frame["label"].drop_duplicates()
     for n, what in (
         (len(table) - len(frame), "rows without text or label are left out"),
-        (len(frame) - len(different), f"rows repeat others{' and are left out' * to_train}"),
+        (len(frame) - len(different), f"rows repeat others{' (left out)' if to_train else ''}"),
         (different["text"].duplicated().sum(), "texts have a second label (kept)"),
         (labels.str.lower().duplicated().sum(), "labels differ only in case (kept apart)"),
     ):
@@ -1644,8 +1644,8 @@ def report(frame, classifier, file=None):
     for level in (0.5, 0.8, 0.9, 0.95, 0.99):
         sure = answers["p"] >= level
         rows[f"{level:.0%}"] = [sure.mean(), answers["right"][sure].mean()]
-    rows = pd.DataFrame(rows, ["share of texts", "of these right"])
-    show(rows.rename_axis("probability from", axis=1))
+    levels = pd.DataFrame(rows, ["share of texts", "of these right"])
+    show(levels.rename_axis("probability from", axis=1))
     wrong = answers[~answers["right"]]
     for (label, answer), n in wrong.value_counts(["label", "answer"])[:5].items():
         say("confused", f"{label} as {answer}: {n:,} texts")
@@ -1777,8 +1777,8 @@ def train(
             runs.append(predicted)
         accuracies = (torch.stack(runs) == label_ids).double().mean(1)
         if len(seeds) > 1:
-            spread = f"standard deviation {accuracies.std():.2%}"
-            say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}; now about {seeds[0]}:")
+            spread = f"standard deviation {accuracies.std():.2%}; what follows is about {seeds[0]}"
+            say("seeds", f"mean accuracy {accuracies.mean():.2%}, {spread}")
         predicted = runs[0]
         seen = torch.tensor(test["text"].isin([*texts, *validation[0]]).tolist())
         if seen.any():
@@ -1811,7 +1811,8 @@ def evaluate(
 def predict(texts, classifier="classifier.pt", **running):
     """--predict: a line with label, probability and text for each text, separated by tabs."""
     finetuned = Classifier.load(classifier, **running)
-    for text in texts or (line.decode(errors="replace").rstrip() for line in sys.stdin.buffer):
+    lines = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
+    for text in texts or lines:
         probs = finetuned.predict_proba([text])
         [label] = finetuned.labels_of(probs)
         cells = ["", ""] if label is None else [label, f"{probs.max():.4f}"]
@@ -1874,8 +1875,7 @@ def make_parser():
 
     parser.error = error
     switch = {"action": "store_true"}
-    group = parser.add_argument_group("actions").add_mutually_exclusive_group()
-    add = group.add_argument
+    add = parser.add_argument_group("actions").add_mutually_exclusive_group().add_argument
     add("--train", **switch, help="finetune, report, save")
     add("--predict", nargs="*", metavar="TEXT", help="classify texts or lines of standard input")
     add("--predict_file", metavar="FILE", help="classify the rows of a table; writes CSV")
@@ -1944,7 +1944,7 @@ def main(argv):
         return 141
     except (Fault, OSError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):
-            raise  # a bug: show the traceback
+            raise  # a bug, not full memory: show the traceback
         print("error:", printable(error) or "out of memory", file=sys.stderr)
         return 2
 

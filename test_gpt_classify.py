@@ -1056,13 +1056,13 @@ def test_odd_rows_of_a_table_are_counted_and_repeated_ones_are_trained_on_once(h
     assert g.read_data("t.csv", to_train=True).sum(axis=1).tolist() == ["xa", "xA", "yb", "yc"]
     lines = """\
 data      t.csv: 4 rows without text or label are left out
-data      t.csv: 1 rows repeat others and are left out
+data      t.csv: 1 rows repeat others (left out)
 data      t.csv: 2 texts have a second label (kept)
 data      t.csv: 1 labels differ only in case (kept apart)
 """
     assert capsys.readouterr().out == lines
     assert g.read_data("t.csv").sum(axis=1).tolist() == ["xa", "xa", "xA", "yb", "yc"]
-    assert capsys.readouterr().out == lines.replace("others and are left out", "others")
+    assert capsys.readouterr().out == lines.replace("others (left out)", "others")
 
 
 def test_a_table_is_split_within_each_label_and_no_row_is_on_two_sides(here):
@@ -1210,7 +1210,7 @@ def test_every_line_about_five_labels_a_test_file_and_two_seeds(run, stub):
     assert (
         out
         == """\
-data      t.csv: 1 rows repeat others and are left out
+data      t.csv: 1 rows repeat others (left out)
 data      test.csv: 1 rows repeat others
 data      5 texts with unknown labels left out: ['y', 'zz']
 data      t.csv: 120 texts {'a': 40, 'b': 20, 'c': 20, 'd': 20, 'e': 20}: 108 train, 12 validation, \
@@ -1232,7 +1232,7 @@ mistake   b as c at 70.0%: qq 000 c .7
 mistake   b as c at 70.0%: qq 001 c .7
 mistake   b as c at 70.0%: qq 002 c .7
 test      accuracy 56.76% (seed 7)
-seeds     mean accuracy 71.62%, standard deviation 21.02%; now about 123:
+seeds     mean accuracy 71.62%, standard deviation 21.02%; what follows is about 123
 new texts without 9 test texts known from training: accuracy 82.14% (95% interval 64.4% to 92.1%, \
 28 texts), macro F1 69.0%
 baseline  most common label: accuracy 56.76% (95% interval 40.9% to 71.3%, 37 texts), macro F1 14.5%
@@ -1317,8 +1317,8 @@ def test_lines_of_standard_input_are_predicted_as_they_come(trained):
         process.stdin.write(text)
         process.stdin.flush()
         assert process.stdout.readline().count(b"\t") == 2  # before the next text is there
-    out, _ = process.communicate(b"the last, bad", timeout=60)
-    assert (process.returncode, out.endswith(b"the last, bad\n")) == (0, True)
+    out, _ = process.communicate(b"the last, bad  ", timeout=60)
+    assert (process.returncode, out.endswith(b"the last, bad  \n")) == (0, True)
 
 
 def test_a_closed_stream_stops_nothing_that_does_not_need_it(trained):
